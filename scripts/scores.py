@@ -1,0 +1,157 @@
+"""Scores on the scan's own grid, per case and label: Dice, surface Dice (NSD) and HD95, by MONAI's metrics."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+
+METRICS = ("dice", "nsd", "hd95_mm")
+logger = logging.getLogger("mednext")
+
+
+def score(
+    prediction: torch.Tensor,
+    reference: torch.Tensor,
+    spacing: Sequence[float],
+    labels: Sequence[str],
+    tolerance: float = 1.0,
+) -> list[dict]:
+    """One row a foreground label.
+
+    A label that is absent from both masks has nan scores; absent from one of them, Dice and NSD are 0 and HD95, the
+    distance to an empty set, is infinite.
+
+    Args:
+        prediction: (1, *space) label values.
+        reference: (1, *space) label values on the same grid.
+        spacing: voxel edge lengths in mm.
+        labels: names by value, background first.
+        tolerance: of the surface Dice in mm.
+    """
+    rows = []
+    for value, name in enumerate(labels[1:], start=1):
+        predicted, wanted = (torch.as_tensor(a == value)[None] for a in (prediction, reference))
+        row = {"label": name, "predicted_voxels": int(predicted.sum()), "reference_voxels": int(wanted.sum())}
+        present = (row["predicted_voxels"] > 0) + (row["reference_voxels"] > 0)
+        if present == 2:
+            row["dice"] = compute_dice(predicted, wanted, ignore_empty=False).item()
+            with warnings.catch_warnings():  # MONAI warns of empty classes that are not there
+                warnings.simplefilter("ignore")
+                row["nsd"] = compute_surface_dice(
+                    predicted, wanted, [tolerance], include_background=True, spacing=list(spacing), use_subvoxels=True
+                ).item()
+                row["hd95_mm"] = compute_hausdorff_distance(
+                    predicted, wanted, include_background=True, percentile=95, spacing=list(spacing)
+                ).item()
+        else:
+            row.update(zip(METRICS, (0.0, 0.0, math.inf) if present else (math.nan,) * 3, strict=True))
+        rows.append(row)
+    return rows
+
+
+def summarise(rows: Sequence[dict], labels: Sequence[str]) -> list[dict]:
+    """Per label, and over all labels, mean and standard deviation over the cases that have a finite score.
+
+    `empty_in_both` and `empty_in_one` count what is left out (nan) or is 0 (infinite for HD95).
+    """
+    summary = []
+    for name in labels[1:]:
+        of_label = [row for row in rows if row["label"] == name]
+        entry = {"label": name, "cases": len(of_label)}
+        for metric in METRICS:
+            values = np.array([row[metric] for row in of_label])
+            values = values[np.isfinite(values)]
+            entry[metric] = float(values.mean()) if len(values) else math.nan
+            entry[f"{metric}_std"] = float(values.std()) if len(values) else math.nan
+        empty = [(row["predicted_voxels"] == 0) + (row["reference_voxels"] == 0) for row in of_label]
+        summary.append({**entry, "empty_in_both": empty.count(2), "empty_in_one": empty.count(1)})
+    mean = {"label": "mean", "cases": len({row["case"] for row in rows})}
+    for key in summary[0] if summary else ():
+        if key not in mean:
+            values = [entry[key] for entry in summary]
+            finite = [v for v in values if math.isfinite(v)]
+            mean[key] = sum(values) if key.startswith("empty") else float(np.mean(finite)) if finite else math.nan
+    return [*summary, mean]
+
+
+class CaseScores:
+    """Scores every case of an evaluator and writes `cases.csv`, `summary.csv` and `summary.json` when it is through.
+
+    Args:
+        folder: where to write.
+        labels: names by value, background first.
+        tolerance: of the surface Dice in mm.
+    """
+
+    def __init__(self, folder: str, labels: Sequence[str], tolerance: float = 1.0) -> None:
+        self.folder, self.labels, self.tolerance = Path(folder), list(labels), tolerance
+        self.rows: list[dict] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def add(self, engine: Engine) -> None:
+        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+            prediction, reference = output["pred"], output["label"]
+            spacing = reference.affine[:3, :3].norm(dim=0).tolist()
+            rows = score(
+                prediction.as_tensor().cpu(), reference.as_tensor().cpu(), spacing, self.labels, self.tolerance
+            )
+            self.rows += [{"case": batch["case"], **row} for row in rows]
+
+    def write(self, engine: Engine) -> None:
+        rows = self.rows
+        if dist.is_initialized():
+            gathered: list = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+            if dist.get_rank() > 0:
+                return
+        order = {name: i for i, name in enumerate(self.labels)}
+        rows = sorted(rows, key=lambda row: (row["case"], order[row["label"]]))
+        summary = summarise(rows, self.labels)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, table in (("cases", rows), ("summary", summary)):
+            with open(self.folder / f"{name}.csv", "w", newline="") as file:
+                writer = csv.DictWriter(
+                    file, ["case", "label", *METRICS, *_rest(table)] if name == "cases" else list(table[0])
+                )
+                writer.writeheader()
+                writer.writerows(table)
+        content = {"nsd_tolerance_mm": self.tolerance, "summary": summary, "cases": rows}
+        (self.folder / "summary.json").write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+        for entry in summary:
+            logger.info(
+                "%-20s Dice %.4f  NSD@%g mm %.4f  HD95 %.2f mm  (%d cases, %d empty in both, %d empty in one)",
+                entry["label"], entry["dice"], self.tolerance, entry["nsd"], entry["hd95_mm"],
+                entry["cases"], entry["empty_in_both"], entry["empty_in_one"],
+            )  # fmt: skip
+        logger.info("scores are in %s", self.folder)
+
+
+def _rest(rows: Sequence[dict]) -> list[str]:
+    return [key for key in rows[0] if key not in ("case", "label", *METRICS)]
+
+
+def _without_nan(value):
+    """JSON has neither nan (here null) nor infinity (here the string "inf")."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "inf" if math.isinf(value) else None
+    return value

@@ -1,0 +1,232 @@
+"""From the scan's own grid to the network's and back, and the few transforms that MONAI lacks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.data.image_writer import NibabelWriter
+from monai.transforms import MapTransform, RandomizableTransform, Spacingd
+
+from .errors import UserError
+
+# align_corners=False is what puts voxels where their affine says (tests/test_transforms.py)
+warnings.filterwarnings("ignore", message="align_corners=False is not compatible with scale_extent=True")
+
+
+class CheckScand(MapTransform):
+    """Passes a loaded image (C, *space) on if a network can work with it.
+
+    Args:
+        keys: images to check.
+        channels: number of channels they must have.
+
+    Raises:
+        UserError: channel count, NaN or infinite voxels, or a grid without a volume; the message names the file.
+    """
+
+    def __init__(self, keys: KeysCollection, channels: int) -> None:
+        super().__init__(keys)
+        self.channels = channels
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            image = data[key]
+            name = image.meta.get("filename_or_obj", key) if isinstance(image, MetaTensor) else key
+            if image.ndim != 4:
+                raise UserError(f"{name} has {image.ndim - 1} spatial axes; expected a 3D scan.")
+            if image.shape[0] != self.channels:
+                raise UserError(
+                    f"{name} has {image.shape[0]} channels; the network takes {self.channels}: give case_0000 .. "
+                    f"case_{self.channels - 1:04d} or one 4D file a case."
+                )
+            if not torch.isfinite(image.sum(dtype=torch.float64)) and not torch.isfinite(image).all():
+                bad = int((~torch.isfinite(image)).sum())
+                raise UserError(
+                    f"{name} has {bad} NaN or infinite voxels; expected finite intensities: repair the file."
+                )
+            if isinstance(image, MetaTensor):
+                spacing = image.affine[:3, :3].norm(dim=0)
+                if not (torch.isfinite(spacing).all() and spacing.min() > 0):
+                    found = " x ".join(f"{s:g}" for s in spacing.tolist())
+                    raise UserError(
+                        f"{name} has a voxel spacing of {found} mm; expected it positive: repair the header."
+                    )
+        return data
+
+
+class GridSpacingd(Spacingd):
+    """MONAI's Spacingd where other entries share a key's prefix, as MONAI Label's `image_path` does beside `image`.
+
+    MONAI 1.6 takes every `<key>_*` entry for a metadata dictionary and fails on a string.
+    """
+
+    def __call__(self, data: dict, lazy: bool | None = None) -> dict:
+        prefixes = tuple(f"{key}_" for key in self.keys)
+        aside = {
+            k: v for k, v in data.items() if isinstance(k, str) and k.startswith(prefixes) and not isinstance(v, dict)
+        }
+        return {**super().__call__({k: v for k, v in data.items() if k not in aside}, lazy=lazy), **aside}
+
+
+class LabelsOnScanGridd(MapTransform):
+    """Logits on the network's grid -> labels on the grid that the scan was stored on.
+
+    The logits are interpolated linearly and only then turned into labels, as nnU-Net does, but in one step and slab by
+    slab, so that no array of the scan's size times the number of classes ever exists.
+
+    Args:
+        keys: logits (classes, *network grid); replaced by labels (1, *scan grid) as a MetaTensor with its affine.
+        reference: the image that the logits were computed from, with the affine of the network's grid and, in its
+            metadata, `original_affine` and `spatial_shape` of the scan as MONAI's LoadImage leaves them.
+    """
+
+    def __init__(self, keys: KeysCollection, reference: str = "image") -> None:
+        super().__init__(keys)
+        self.reference = reference
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        image = data[self.reference]
+        scan_affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64, device="cpu")
+        shape = [int(n) for n in np.asarray(image.meta["spatial_shape"]).ravel()[:3]]
+        for key in self.key_iterator(out):
+            labels = labels_on_grid(out[key], image.affine, scan_affine, shape)
+            meta = {k: v for k, v in image.meta.items() if k != "affine"}
+            out[key] = MetaTensor(labels[None], affine=scan_affine, meta=meta)
+        return out
+
+
+def labels_on_grid(
+    logits: torch.Tensor,
+    affine: torch.Tensor,
+    target_affine: torch.Tensor,
+    shape: Sequence[int],
+    slab_voxels: int = 2**21,
+) -> torch.Tensor:
+    """The class of the largest linearly interpolated logit at each voxel of another grid; 0 outside the logits' grid.
+
+    Args:
+        logits: (classes, X, Y, Z), any floating type and device.
+        affine: 4 x 4, logits voxel -> world (mm).
+        target_affine: 4 x 4, target voxel -> world (mm).
+        shape: voxels of the target grid.
+        slab_voxels: how many target voxels are computed at once.
+
+    Returns:
+        (*shape) on the CPU, uint8 (int16 over 256 classes).
+    """
+    logits = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
+    to_logits = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()  # target voxel -> logits voxel
+    size = torch.tensor(logits.shape[1:], dtype=torch.float64)
+    labels = torch.empty(list(shape), dtype=torch.uint8 if len(logits) <= 256 else torch.int16)
+    rows = max(1, slab_voxels // (shape[1] * shape[2]))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        axes = [torch.arange(start, stop), torch.arange(shape[1]), torch.arange(shape[2])]
+        at = sum(  # (rows, Y, Z, 3) logits voxel coordinates
+            axis.double().view([-1 if i == j else 1 for j in range(3)] + [1]) * to_logits[:3, i]
+            for i, axis in enumerate(axes)
+        )
+        at = at + to_logits[:3, 3]
+        # only the part of the logits that this slab touches, as float
+        low = at.amin(dim=(0, 1, 2)).floor().clamp(min=0).minimum(size - 1).long()
+        high = at.amax(dim=(0, 1, 2)).ceil().clamp(min=0).minimum(size - 1).long() + 1
+        part = logits[(slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))]
+        extent = torch.tensor(part.shape[1:], dtype=torch.float64)
+        grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
+        values = F.grid_sample(
+            part[None].float(), grid.flip(-1)[None].float().to(part.device), padding_mode="border", align_corners=False
+        )[0]
+        # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
+        inside = ((at > -1.0) & (at < size)).all(dim=-1)
+        labels[start:stop] = values.argmax(dim=0).to(labels.dtype).cpu() * inside
+    return labels
+
+
+class LabelWriter(NibabelWriter):
+    """MONAI's NIfTI writer that keeps a single-slice scan 3D and says in the header that lengths are millimetres."""
+
+    @classmethod
+    def create_backend_obj(cls, data_array: np.ndarray, **kwargs) -> nib.Nifti1Image:
+        image = super().create_backend_obj(np.atleast_3d(data_array), **kwargs)
+        image.header.set_xyzt_units("mm", "sec")
+        return image
+
+
+def crop_size(patch_size: Sequence[int], max_angle: float = math.pi / 6, max_zoom_out: float = 1.4) -> list[int]:
+    """Edge lengths of a crop from which a rotated and zoomed patch can be cut without running over its border.
+
+    nnU-Net's rule: turn the patch by `max_angle` (radians) about each axis and divide by 0.85, which covers most zooms;
+    128 -> 205. Source: recipe of nnU-Net v1, `get_patch_size` and `nnUNetTrainerV2.setup_DA_params`.
+    """
+    size = np.array(patch_size, dtype=float)
+    largest = size.copy()
+    for axis in range(3):
+        i, j = [a for a in range(3) if a != axis]
+        turned = largest * 0
+        turned[axis] = size[axis]
+        turned[i] = size[i] * math.cos(max_angle) + size[j] * math.sin(max_angle)
+        turned[j] = size[j] * math.cos(max_angle) + size[i] * math.sin(max_angle)
+        largest = np.maximum(largest, turned)
+    return [int(n) for n in largest / 0.85]
+
+
+class RandPatchd(RandomizableTransform, MapTransform):
+    """Cuts one random patch, which may hang over the scan's border and is zero there, by nnU-Net's sampling rule.
+
+    With probability `foreground` it is centred on a voxel of a class drawn uniformly from those present, else it lies
+    anywhere. MONAI's crops stay inside the image, so that a crop larger than the final patch never shows its border.
+
+    Args:
+        keys: arrays (channels, *space) on one grid.
+        size: voxels to cut.
+        patch_size: the part of it that the network will see; how far `size` may hang over depends on it.
+        indices_key: per class the flat indices of its voxels, as MONAI's ClassesToIndicesd leaves them.
+        foreground: probability of a patch centred on a foreground class (nnU-Net: one of every two).
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        size: Sequence[int],
+        patch_size: Sequence[int],
+        indices_key: str = "label_cls_indices",
+        foreground: float = 0.5,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.size, self.patch_size = np.array(size), np.array(patch_size)
+        self.indices_key, self.foreground = indices_key, foreground
+
+    def randomize(self, data: dict) -> np.ndarray:
+        """The patch's first voxel, which may be negative."""
+        shape = np.array(data[self.keys[0]].shape[1:])
+        pad = np.maximum(self.size - self.patch_size, self.size - shape)
+        lowest, highest = -(pad // 2), shape + pad // 2 + pad % 2 - self.size
+        present = [indices for indices in data[self.indices_key][1:] if len(indices)]
+        if present and self.R.random() < self.foreground:
+            indices = present[self.R.randint(len(present))]
+            centre = np.array(np.unravel_index(int(indices[self.R.randint(len(indices))]), shape))
+            return np.maximum(lowest, centre - self.size // 2)
+        return np.array([self.R.randint(low, high + 1) for low, high in zip(lowest, highest, strict=True)])
+
+    def __call__(self, data: dict) -> dict:
+        out = {k: v for k, v in data.items() if k != self.indices_key}
+        start = self.randomize(data)
+        for key in self.key_iterator(out):
+            array = out[key]
+            shape = np.array(array.shape[1:])
+            low, high = np.clip(start, 0, shape), np.clip(start + self.size, 0, shape)
+            inside = array[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
+            before, after = low - start, start + self.size - high
+            pads = [int(n) for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+            out[key] = F.pad(inside, pads)
+        return out
