@@ -1,20 +1,16 @@
-"""The network: its size, its weights' names, its numbers against MONAI's implementation, its shapes and its refusals."""
+"""The network: size, names of the weights, numbers against MONAI's implementation, shapes, refusals."""
 
 import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from monai.networks.blocks.mednext_block import MedNeXtDownBlock as MonaiDownBlock
 from monai.networks.nets.mednext import MedNeXt as MonaiMedNeXt
 from monai.networks.nets.mednext import create_mednext
 
 from scripts.mednext import SIZES, MedNeXt, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, create_mednext_v1
 
-# Two orders of summation in float64. Measured: outputs (up to 20) differ by 1e-14. Gradients (up to 3e3) differ by 2e-10,
-# most in conv1.bias, whose gradient is zero but for rounding because the norm after it takes the mean away.
-ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
-
+ROUNDING = {"rtol": 1e-9, "atol": 1e-9}  # MEASURED
 RESIDUAL = {"do_res": True, "do_res_up_down": True}
 
 
@@ -29,10 +25,10 @@ def small_net(**options) -> MedNeXt:
 
 
 def perturbed(net: MedNeXt) -> MedNeXt:
-    """In float64, with no parameter left at the zero or one of its initialisation, where an error would not show."""
-    with torch.no_grad():
-        for parameter in net.double().parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    """In float64, with no norm or GRN left at its initial zeros and ones, where an error would not show."""
+    for name, parameter in net.double().named_parameters():
+        if "norm" in name or "grn" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
     return net
 
 
@@ -90,9 +86,8 @@ def test_parameter_count_is_that_of_the_original(size, kernel_size, expected):
     assert count(meta_net(size, kernel_size=kernel_size)) == expected
 
 
-@pytest.mark.parametrize("size", SIZES)  # every row: the heads depend on the width alone
-def test_deep_supervision_adds_four_heads(size):
-    assert count(meta_net(size, deep_supervision=True)) - count(meta_net(size)) == 2892
+def test_deep_supervision_adds_2892_parameters_at_three_classes():
+    assert count(meta_net("S", deep_supervision=True)) - count(meta_net("S")) == 2892
 
 
 def test_kernel_7_builds():
@@ -107,9 +102,9 @@ def test_options_override_the_table():
 @pytest.mark.parametrize(
     ("dim", "kernel_size", "shape"),
     [
-        pytest.param("3d", 3, (2, 1, 32, 16, 48), id="3d-kernel-3, the sides differ so that swapped axes show"),
-        pytest.param("3d", 5, (1, 1, 16, 16, 32), id="3d-kernel-5, the smallest that fits: double convolutions are slow"),
-        pytest.param("2d", 5, (2, 1, 48, 64), id="2d"),
+        ("3d", 3, (1, 1, 32, 16, 48)),  # sides differ, so that swapped axes show
+        ("3d", 5, (1, 1, 16, 16, 32)),  # the smallest size: convolutions in float64 are slow
+        ("2d", 5, (2, 1, 48, 64)),  # two samples, so that a mixed-up batch shows
     ],
 )
 def test_size_s_equals_monai_in_outputs_and_gradients(dim, kernel_size, shape):
@@ -159,8 +154,10 @@ def test_grn_is_in_every_block_but_the_first_down_block():
 
 @pytest.mark.parametrize(
     ("kernel_size", "encoder", "decoder"),
-    [(None, 3, 5), (7, 7, 7)],
-    ids=["None lets the other two decide", "a number wins over the other two"],
+    [
+        (None, 3, 5),  # the other two decide
+        (7, 7, 7),  # a number wins over them
+    ],
 )
 def test_each_half_has_its_kernel_and_the_bottleneck_that_of_the_decoder(kernel_size, encoder, decoder):
     with torch.device("meta"):
@@ -173,10 +170,10 @@ def test_each_half_has_its_kernel_and_the_bottleneck_that_of_the_decoder(kernel_
 @pytest.mark.parametrize(
     ("dim", "size"),
     [
-        pytest.param("3d", (32, 16, 16), id="3d-fits"),
-        pytest.param("3d", (40, 33, 20), id="3d-odd"),
-        pytest.param("3d", (16, 16, 17), id="3d-smallest"),
-        pytest.param("2d", (31, 50), id="2d-odd"),
+        ("3d", (32, 16, 16)),  # fits
+        ("3d", (40, 33, 20)),  # each side is padded by another amount
+        ("3d", (16, 16, 17)),  # the smallest
+        ("2d", (31, 50)),  # F.pad counts axes from the last
     ],
 )
 def test_any_size_comes_back_finest_first_and_in_eval_as_one_tensor(dim, size):
@@ -210,7 +207,7 @@ def test_a_size_that_fits_reaches_the_stem_untouched():
     assert len(seen) == 1 and seen[0] is x
 
 
-@pytest.mark.parametrize("size", [(16, 16, 16), (16, 16), (5, 9, 1)], ids=["3d-exactly-one-step", "2d", "tiny"])
+@pytest.mark.parametrize("size", [(16, 16, 16), (16, 16), (5, 9, 1)], ids=["3d", "2d", "one that is padded"])
 def test_a_single_voxel_at_the_coarsest_level_is_refused(size):
     with pytest.raises(ValueError, match=re.escape(str(list(size)))):
         small_net(dim=f"{len(size)}d")(torch.zeros(1, 1, *size, dtype=torch.float64))
@@ -218,29 +215,28 @@ def test_a_single_voxel_at_the_coarsest_level_is_refused(size):
 
 def test_checkpointing_runs_each_block_twice_and_changes_nothing():
     x = torch.randn(2, 1, 32, 16, 16, dtype=torch.float64)
-    calls = {None: 0, "outside_block": 0}
-    found = {}
-    for style in calls:
+    found, calls = {}, []
+    for style in (None, "outside_block"):
         net = small_net(checkpoint_style=style, deep_supervision=True, grn=True)
         for module in net.modules():
             if isinstance(module, MedNeXtBlock):
-                module.conv1.register_forward_hook(lambda *_, style=style: calls.update({style: calls[style] + 1}))
+                module.conv1.register_forward_hook(lambda *_, style=style: calls.append(style))
         found[style] = results(net, x)
-    assert calls == {None: 17, "outside_block": 34}
+    assert (calls.count(None), calls.count("outside_block")) == (17, 34)
     torch.testing.assert_close(found["outside_block"], found[None], **ROUNDING)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exp_r": [2] * 8}, "got 8 and 9"),  # one per stage
+        ({"exp_r": [2] * 8}, "got 8 and 9"),  # one a stage
         ({"block_counts": [2] * 10}, "got 9 and 10"),
         ({"kernel_size": 4}, "encoder kernel size is 4"),  # an even kernel would shift the image
         ({"kernel_size": None, "enc_kernel_size": 3, "dec_kernel_size": 6}, "decoder kernel size is 6"),
         ({"kernel_size": None, "enc_kernel_size": 3}, "decoder kernel size is None"),  # one of two forgotten
         ({"dim": "4d"}, "dim is '4d'"),
         ({"norm_type": "batch"}, "norm_type is 'batch'"),
-        ({"checkpoint_style": "inside_block"}, "checkpoint_style is 'inside_block'"),  # a name in the original's comments
+        ({"checkpoint_style": "inside_block"}, "checkpoint_style is 'inside_block'"),  # the original names it too
     ],
 )
 def test_an_option_out_of_range_is_named(options, message):
@@ -248,13 +244,20 @@ def test_an_option_out_of_range_is_named(options, message):
         MedNeXt(1, 4, 3, **options)
 
 
-@pytest.mark.parametrize(("size", "kernel_size", "value"), [("XL", 3, "'XL'"), ("s", 3, "'s'"), ("S", 9, "9"), ("S", 4, "4")])
-def test_an_unknown_size_or_kernel_is_named(size, kernel_size, value):  # no such row; wrong case; too large; even
-    with pytest.raises(ValueError, match=f"is {value}, expected one of"):
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "message"),
+    [
+        ("s", 3, "'s', expected one of S, B, M, L"),  # wrong case
+        ("S", 4, "4, expected one of 3, 5, 7"),  # even
+        ("S", 9, "9, expected one of 3, 5, 7"),  # MedNeXt itself would build it
+    ],
+)
+def test_an_unknown_size_or_kernel_is_named(size, kernel_size, message):
+    with pytest.raises(ValueError, match=message):
         create_mednext_v1(1, 3, size, kernel_size)
 
 
-@pytest.mark.parametrize("norm_type", ["group", "layer"])  # both norms of the original
+@pytest.mark.parametrize("norm_type", ["group", "layer"])  # a module of torch, a module of ours
 @pytest.mark.parametrize("space", [(8, 6), (8, 6, 4)], ids=["2d", "3d"])
 def test_each_block_works_alone(space, norm_type):
     options = {"exp_r": 2, "kernel_size": 3, "do_res": True, "norm_type": norm_type, "dim": f"{len(space)}d"}
@@ -267,7 +270,7 @@ def test_each_block_works_alone(space, norm_type):
         assert not up.select(axis, 0).any() and up.select(axis, 1).any() and up.select(axis, -1).any()
 
 
-@pytest.mark.parametrize("space", [(5, 7), (5, 7, 3)], ids=["2d, where the original mixes up axes", "3d"])
+@pytest.mark.parametrize("space", [(5, 7), (5, 7, 3)], ids=["2d, where the original mixes axes up", "3d"])
 def test_layer_norm_is_over_the_channels_of_each_voxel(space):
     norm = MedNeXtBlock(6, 6, kernel_size=3, norm_type="layer", dim=f"{len(space)}d").double().norm
     x = torch.randn(2, 6, *space, dtype=torch.float64) * 3 + 1
@@ -280,8 +283,10 @@ def test_layer_norm_is_over_the_channels_of_each_voxel(space):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"deep_supervision": True, "grn": True, "checkpoint_style": "outside_block"}],
-    ids=["plain", "all that training adds"],
+    [
+        {},  # as users deploy it
+        {"deep_supervision": True, "grn": True, "checkpoint_style": "outside_block"},  # all branches of the code
+    ],
 )
 def test_a_scripted_network_computes_the_same(options):
     net = perturbed(create_mednext_v1(1, 3, "S", **options)).eval()
@@ -290,14 +295,19 @@ def test_a_scripted_network_computes_the_same(options):
         torch.testing.assert_close(torch.jit.script(net)(x), net(x), **ROUNDING)
 
 
-@pytest.mark.parametrize("norm_type", ["group", "layer"])  # layer norm moves the axes
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the layout is oneDNN's")
+@pytest.mark.parametrize("norm_type", ["group", "layer"])  # layer norm moves the axes there and back
 def test_activations_on_a_cpu_are_channels_last(norm_type):
-    net, layouts = small_net(norm_type=norm_type), {}
-    for name, module in net.named_modules():
+    net, layouts = small_net(norm_type=norm_type).float(), []
+    for module in net.modules():
         if isinstance(module, MedNeXtBlock):
             module.register_forward_hook(
-                lambda _, __, y, name=name: layouts.update({name: y.is_contiguous(memory_format=torch.channels_last_3d)})
+                lambda _, __, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last_3d))
             )
-    net(F.pad(torch.randn(2, 1, 32, 32, 32, dtype=torch.float64), [0, 0]))
-    assert len(layouts) == 17
-    assert [name for name, channels_last in layouts.items() if not channels_last] == []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # torch leaves oneDNN, and its layout, for 1x1x1 convolutions of one thread or few voxels
+    try:
+        net(torch.randn(2, 1, 16, 16, 32))
+    finally:
+        torch.set_num_threads(threads)
+    assert layouts == [True] * 17

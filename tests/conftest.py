@@ -1,0 +1,84 @@
+"""Shared by all tests: the real command line in a subprocess, the phantom, and scans on every kind of grid."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scripts.phantom import phantom
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+TRAIN = "configs/train.json"
+TINY = ("--patch_size", "[32,32,32]", "--iterations", "2", "--num_workers", "0")
+
+
+def overlays(*names: str) -> tuple[str, str]:
+    """`--config_file` for several files."""
+    return "--config_file", str([f"configs/{name}.json" for name in names])
+
+
+def bundle(*args: object, cwd: Path = ROOT, fails: bool = False, launcher: tuple = ()) -> subprocess.CompletedProcess:
+    """`python -m monai.bundle run ARGS`; stdout and stderr as text."""
+    command = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode != 0) == fails, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory) -> Path:
+    """A phantom data set of five training and two test cases."""
+    return Path(phantom(str(tmp_path_factory.mktemp("data") / "phantom"), training=5, test=2))
+
+
+@pytest.fixture(scope="session")
+def trained(phantom_dir, tmp_path_factory) -> Path:
+    """`ckpt_dir` of two epochs of two iterations on the phantom, trained by the command line; .log holds its stdout."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = bundle(
+        "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", folder / "models",
+        "--output_dir", folder / "eval", "--epochs", 2, *TINY,
+    )  # fmt: skip
+    (folder / "models" / "log").write_text(done.stdout)
+    return folder / "models"
+
+
+def grid(kind: str) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape and affine of a scan grid: its extent is about 44 mm."""
+    spacing = {"thick": (0.9, 0.9, 4.0)}.get(kind, (1.5, 1.2, 2.0))
+    shape = tuple(round(44 / s) for s in spacing)
+    affine = np.diag([*spacing, 1.0])
+    if kind == "flipped":
+        affine[:3, :3] *= (-1, 1, -1)
+    if kind == "permuted":
+        affine[:3, :3] = affine[:3, :3][[2, 0, 1]] * (1, -1, 1)
+    if kind in ("oblique", "thick"):
+        a, b = np.deg2rad(25), np.deg2rad(-18)
+        turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+        tilt = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+        affine[:3, :3] = tilt @ turn @ affine[:3, :3]
+    affine[:3, 3] = (12.0, -34.0, 56.0)
+    return shape, affine
+
+
+GRIDS = ("straight", "flipped", "permuted", "oblique", "thick")
+
+
+def world(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """(*shape, 3) world coordinates in mm of every voxel."""
+    voxels = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    return voxels @ affine[:3, :3].T + affine[:3, 3]
+
+
+def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    """Writes a NIfTI file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return path

@@ -1,0 +1,168 @@
+"""The way from the scan's grid to the network's and back puts every voxel where its affine says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import GRIDS, grid, save, world
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from scripts.data import case_name
+from scripts.errors import UserError
+from scripts.transforms import CheckScand, GridSpacingd, LabelsOnScanGridd, RandPatchd, crop_size, labels_on_grid
+
+RADIUS = 13.0  # mm
+
+
+def fixed_transforms(spacing=(1.0, 1.0, 1.0)) -> Compose:
+    """The bundle's own chain up to, and without, the intensity normalisation."""
+    parser = ConfigParser()
+    parser.read_config("configs/train.json")
+    parser["fixed_transforms"] = parser["fixed_transforms"][:-1]
+    parser["spacing"], parser["in_channels"] = list(spacing), 1
+    return Compose(parser.get_parsed_content("fixed_transforms"))
+
+
+def depth(shape, affine) -> np.ndarray:
+    """mm below the surface of a sphere off the centre of the grid, negative outside."""
+    voxels = world(shape, affine)
+    centre = world((1, 1, 1), affine)[0, 0, 0] + affine[:3, :3] @ (np.array(shape) * (0.45, 0.5, 0.55))
+    return RADIUS - np.linalg.norm(voxels - centre, axis=-1)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_resampled_scan_keeps_its_place_in_the_world(kind, tmp_path):
+    shape, affine = grid(kind)
+    # cubic interpolation reproduces a linear ramp; what happens at the border decays by 0.27 a voxel: 0.02 after three
+    ramp = world(shape, affine) @ (0.3, -0.2, 0.5)
+    file = save(tmp_path / "ramp.nii.gz", ramp.astype(np.float32), affine)
+    image = fixed_transforms()({"image": str(file)})["image"]
+    assert image.affine[:3, :3].norm(dim=0).tolist() == pytest.approx([1.0] * 3)
+    margin = int(3 * np.linalg.norm(affine[:3, :3], axis=0).max()) + 1
+    inner = (slice(margin, -margin),) * 3
+    expected = world(image.shape[1:], image.affine.numpy()) @ (0.3, -0.2, 0.5)
+    assert np.abs(image[0].numpy() - expected)[inner].max() < 0.02  # of a ramp of 0.6 a mm
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 1.3, 1.9)], ids=["1mm", "anisotropic"])
+def test_labels_return_to_the_scan_they_came_from(kind, spacing, tmp_path):
+    shape, affine = grid(kind)
+    file = save(tmp_path / "scan.nii.gz", depth(shape, affine).astype(np.float32), affine)
+    image = fixed_transforms(spacing)({"image": str(file)})["image"]
+    on_network_grid = world(image.shape[1:], image.affine.numpy())
+    origin = world((1, 1, 1), affine)[0, 0, 0]
+    centre = origin + affine[:3, :3] @ (np.array(shape) * (0.45, 0.5, 0.55))
+    distance = torch.from_numpy(RADIUS - np.linalg.norm(on_network_grid - centre, axis=-1))
+    logits = torch.stack([-distance, distance])  # class 1 inside the sphere
+    out = LabelsOnScanGridd("pred")({"pred": logits, "image": image})["pred"]
+    assert tuple(out.shape) == (1, *shape)
+    assert out.dtype == torch.uint8
+    np.testing.assert_allclose(out.affine, affine, atol=1e-5)  # float32 header
+    truth = depth(shape, affine)
+    # linear interpolation of a distance errs by at most diagonal**2 / (8 * radius) away from the centre
+    clear = np.abs(truth) > np.square(spacing).sum() / (8 * RADIUS)
+    assert (out[0].numpy() == (truth > 0))[clear].all()
+
+
+def test_slabs_do_not_change_the_labels():
+    torch.manual_seed(0)
+    logits, (shape, affine) = torch.randn(3, 20, 21, 22), grid("oblique")
+    there = torch.from_numpy(affine) @ torch.diag(torch.tensor([0.5, 0.6, 0.7, 1.0], dtype=torch.float64))
+    whole = labels_on_grid(logits, torch.from_numpy(affine), there, (25, 24, 23), slab_voxels=10**9)
+    assert torch.equal(whole, labels_on_grid(logits, torch.from_numpy(affine), there, (25, 24, 23), slab_voxels=1))
+    assert len(whole.unique()) == 3
+
+
+def test_half_precision_logits_are_accepted_and_outside_is_background():
+    logits = torch.stack([torch.zeros(4, 4, 4), torch.ones(4, 4, 4)]).half()
+    shift = torch.eye(4, dtype=torch.float64)
+    shift[0, 3] = -3.0
+    labels = labels_on_grid(logits, torch.eye(4), shift, (8, 4, 4))
+    assert labels[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 0]
+
+
+def test_same_grid_is_plain_argmax():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 9, 8, 7)
+    assert torch.equal(labels_on_grid(logits, torch.eye(4), torch.eye(4), (9, 8, 7)), logits.argmax(0).byte())
+
+
+def test_spacing_ignores_entries_that_share_the_prefix():
+    image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    out = GridSpacingd("image", pixdim=(1.0, 1.0, 1.0))({"image": image, "image_path": "scan.nii.gz"})
+    assert out["image_path"] == "scan.nii.gz"
+    assert out["image"].shape == (1, 7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("voxels", "affine", "message"),
+    [
+        (torch.zeros(2, 4, 4, 4), torch.eye(4), "scan.nii has 2 channels; the network takes 1"),
+        (torch.zeros(1, 4, 4), torch.eye(4), "2 spatial axes"),
+        (torch.full((1, 4, 4, 4), torch.nan), torch.eye(4), "64 NaN or infinite voxels"),
+        (torch.zeros(1, 4, 4, 4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0])), "voxel spacing of 1 x 1 x 0 mm"),
+    ],
+    ids=["channels", "2d", "nan", "zero spacing"],
+)
+def test_a_scan_the_network_cannot_take_is_named(voxels, affine, message):
+    with pytest.raises(UserError, match=message):
+        CheckScand("image", channels=1)({"image": MetaTensor(voxels, affine=affine, meta={"filename_or_obj": "scan.nii"})})
+
+
+def test_file_name_keeps_the_case_and_drops_only_a_channel():
+    assert case_name({"filename_or_obj": "a/case_7_0000.nii.gz"})["subject"] == "case_7"
+    assert case_name({"filename_or_obj": "a/scan_2024.nii.gz"})["subject"] == "scan_2024"
+    assert case_name({"filename_or_obj": "scan.v2.nii"})["subject"] == "scan.v2"
+
+
+def test_crop_of_the_paper():
+    assert crop_size([128, 128, 128]) == [205, 205, 205]
+
+
+class TestRandPatch:
+    """nnU-Net's sampling rule."""
+
+    def draw(self, count, shape=(20, 30, 40), size=(16, 16, 16), patch=(8, 8, 8), foreground=0.5, indices=None):
+        cut = RandPatchd(["image"], size, patch, foreground=foreground)
+        cut.set_random_state(seed=1)
+        data = {"image": torch.arange(np.prod(shape)).reshape(1, *shape), "label_cls_indices": indices or [[], []]}
+        return np.array([cut.randomize(data) for _ in range(count)]), cut(data)["image"], data
+
+    def test_random_patches_reach_half_the_overhang_on_both_sides(self):
+        starts, _, _ = self.draw(4000)
+        assert starts.min(axis=0).tolist() == [-4, -4, -4]
+        assert starts.max(axis=0).tolist() == [8, 18, 28]  # shape + 4 - 16
+
+    def test_forced_patches_have_the_voxel_in_the_middle(self):
+        voxel = np.ravel_multi_index((19, 29, 39), (20, 30, 40))  # the last corner: hangs over
+        starts, _, _ = self.draw(10, foreground=1.0, indices=[[0], [voxel]])
+        assert (starts == (11, 21, 31)).all()
+
+    def test_classes_are_drawn_evenly_whatever_their_size(self):
+        many = [np.ravel_multi_index((10, 15, z), (20, 30, 40)) for z in range(10, 20)]
+        one = [np.ravel_multi_index((15, 15, 15), (20, 30, 40))]
+        starts, _, _ = self.draw(2000, foreground=1.0, indices=[[], many, one, []])
+        share = (starts[:, 0] == 7).mean()
+        assert abs(share - 0.5) < 4 * np.sqrt(0.25 / 2000)  # four standard errors
+
+    def test_half_of_the_patches_are_forced(self):
+        voxel = np.ravel_multi_index((10, 15, 20), (20, 30, 40))
+        starts, _, _ = self.draw(2000, indices=[[], [voxel]])
+        share = (starts == (2, 7, 12)).all(axis=1).mean()
+        assert abs(share - 0.5) < 4 * np.sqrt(0.25 / 2000)
+
+    def test_what_hangs_over_is_zero_and_the_rest_is_the_scan(self):
+        voxel = np.ravel_multi_index((0, 0, 39), (20, 30, 40))
+        _, patch, data = self.draw(1, foreground=1.0, indices=[[], [voxel]])
+        assert patch.shape == (1, 16, 16, 16)
+        assert (patch[0, :4] == 0).all()  # pads end at half the overhang: 4 voxels before the first
+        assert torch.equal(patch[0, 4:, 4:, :9], data["image"][0, :12, :12, 31:])
+        assert (patch[0, :, :, 9:] == 0).all()
+
+    def test_a_scan_smaller_than_the_patch_is_padded(self):
+        _, patch, data = self.draw(1, shape=(5, 6, 7))
+        assert patch.shape == (1, 16, 16, 16)
+        assert set(patch.unique().tolist()) == set(data["image"].unique().tolist())
