@@ -49,10 +49,15 @@ def score(
             with warnings.catch_warnings():  # MONAI warns of empty classes that are not there
                 warnings.simplefilter("ignore")
                 row["nsd"] = compute_surface_dice(
-                    predicted, wanted, [tolerance], include_background=True, spacing=list(spacing), use_subvoxels=True
+                    predicted,
+                    wanted,
+                    [tolerance],
+                    include_background=True,
+                    spacing=[float(s) for s in spacing],
+                    use_subvoxels=True,
                 ).item()
                 row["hd95_mm"] = compute_hausdorff_distance(
-                    predicted, wanted, include_background=True, percentile=95, spacing=list(spacing)
+                    predicted, wanted, include_background=True, percentile=95, spacing=[float(s) for s in spacing]
                 ).item()
         else:
             row.update(zip(METRICS, (0.0, 0.0, math.inf) if present else (math.nan,) * 3, strict=True))

@@ -158,7 +158,9 @@ class TestScans:
         self.files(tmp_path, "imagesTr/a.nii.gz", "imagesTs/b.nii.gz")
         assert [s["case"] for s in data.scans(str(tmp_path))] == ["b"]
 
-    @pytest.mark.parametrize(("name", "message"), [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "not a")])
+    @pytest.mark.parametrize(
+        ("name", "message"), [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "not a")]
+    )
     def test_nothing_to_segment_is_said(self, name, message, tmp_path):
         if name.endswith("txt"):
             (tmp_path / name).touch()

@@ -109,7 +109,9 @@ def test_spacing_ignores_entries_that_share_the_prefix():
 )
 def test_a_scan_the_network_cannot_take_is_named(voxels, affine, message):
     with pytest.raises(UserError, match=message):
-        CheckScand("image", channels=1)({"image": MetaTensor(voxels, affine=affine, meta={"filename_or_obj": "scan.nii"})})
+        CheckScand("image", channels=1)(
+            {"image": MetaTensor(voxels, affine=affine, meta={"filename_or_obj": "scan.nii"})}
+        )
 
 
 def test_file_name_keeps_the_case_and_drops_only_a_channel():
