@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +14,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch.distributed as dist
-from nibabel.filebasedimages import ImageFileError
 from tqdm import tqdm
 
 from .data import workers
 from .errors import UserError
 from .mednext import KERNEL_SIZES, SIZES
+from .nifti import read
 
 AFFINE_TOLERANCE = 1e-3  # in rotation and spacing: what tools leave behind when they rewrite a header
 ORIGIN_TOLERANCE = 0.1  # of the smallest spacing
@@ -45,24 +44,6 @@ def check_settings(size: str, kernel_size: int, patch_size: Sequence[int], spaci
         )
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise UserError(f"spacing is {list(spacing)} mm; expected three positive lengths, for example [1.0, 1.0, 1.0].")
-
-
-def read(path: str) -> tuple[nib.Nifti1Image, np.ndarray]:
-    """Header and stored voxels of a NIfTI file; raises UserError where it cannot be read to its end or has no grid."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} not found; add the file or remove its case.")
-    try:
-        image = nib.load(path)
-        voxels = np.asanyarray(image.dataobj.get_unscaled())
-    except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as e:
-        raise UserError(
-            f"{path} ({Path(path).stat().st_size} bytes) is not a complete NIfTI file ({e}); copy or export it again."
-        ) from e
-    spacing = np.array([*image.header.get_zooms()[:3], *np.linalg.norm(image.affine[:3, :3], axis=0)])
-    if not (np.isfinite(image.affine).all() and (spacing > 0).all() and abs(np.linalg.det(image.affine[:3, :3])) > 0):
-        found = " x ".join(f"{s:g}" for s in image.header.get_zooms()[:3])
-        raise UserError(f"{path} has a voxel spacing of {found} mm; expected it positive: repair the header.")
-    return image, voxels
 
 
 def check_image(paths: Sequence[str], channels: int) -> nib.Nifti1Image:

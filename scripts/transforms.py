@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,7 @@ from monai.data.image_writer import NibabelWriter
 from monai.transforms import MapTransform, RandomizableTransform, Spacingd
 
 from .errors import UserError
+from .nifti import check_spacing
 
 # align_corners=False is what puts voxels where their affine says (tests/test_transforms.py)
 warnings.filterwarnings("ignore", message="align_corners=False is not compatible with scale_extent=True")
@@ -52,13 +54,8 @@ class CheckScand(MapTransform):
                 raise UserError(
                     f"{name} has {bad} NaN or infinite voxels; expected finite intensities: repair the file."
                 )
-            if isinstance(image, MetaTensor):
-                spacing = image.affine[:3, :3].norm(dim=0)
-                if not (torch.isfinite(spacing).all() and spacing.min() > 0):
-                    found = " x ".join(f"{s:g}" for s in spacing.tolist())
-                    raise UserError(
-                        f"{name} has a voxel spacing of {found} mm; expected it positive: repair the header."
-                    )
+            if Path(str(name)).is_file():
+                check_spacing(name, nib.load(name))
         return data
 
 

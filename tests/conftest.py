@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+
 from scripts.phantom import phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,4 +82,13 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Pa
     """Writes a NIfTI file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def save_without_spacing(path: Path, shape: tuple[int, int, int] = (4, 4, 4)) -> Path:
+    """Writes an uncompressed NIfTI-1 file whose third voxel edge is 0 mm and that has no other geometry."""
+    content = bytearray(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)).to_bytes())
+    content[88:92] = bytes(4)  # pixdim[3]
+    content[252:256] = bytes(4)  # qform_code, sform_code
+    path.write_bytes(bytes(content))
     return path

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from scripts import settings
 from scripts.checkpoints import TrainingRun, check, describe, load
 from scripts.errors import UserError

@@ -1,4 +1,4 @@
-"""The configs keep their contract: MONAI's properties, equal text for equal meaning, short expressions, true metadata."""
+"""The configs keep their contract: MONAI's properties, equal text for equal meaning, short expressions, metadata."""
 
 from __future__ import annotations
 

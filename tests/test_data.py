@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import save
+
 from scripts import data
 from scripts.errors import UserError
 

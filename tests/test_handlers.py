@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.transforms import RandGaussianNoised
+
 from scripts.handlers import EpochReport, EpochSeeds, GradientClipping, LastEpochToo
 from scripts.overlay import COLOURS, overlay
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from monai.data import MetaTensor
+
 from scripts.scores import CaseScores, score, summarise
 
 LABELS = ["background", "organ", "tumour"]
@@ -80,11 +81,13 @@ def test_tables_are_written_and_json_is_strict(tmp_path):
         )
         handler.add(SimpleNamespace(state=state))
     handler.write(None)
-    rows = list(csv.DictReader(open(tmp_path / "cases.csv")))
+    rows = list(csv.DictReader((tmp_path / "cases.csv").read_text().splitlines()))
     assert [(r["case"], r["label"], r["dice"]) for r in rows] == [
         ("a", "organ", "1.0"), ("a", "tumour", "nan"), ("b", "organ", "0.0"), ("b", "tumour", "nan")
     ]  # fmt: skip
     content = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert content["cases"][1]["dice"] is None
     assert content["cases"][2]["hd95_mm"] == "inf"
-    assert {r["label"]: r["dice"] for r in csv.DictReader(open(tmp_path / "summary.csv"))}["organ"] == "0.5"
+    assert {r["label"]: r["dice"] for r in csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())}[
+        "organ"
+    ] == "0.5"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import GRIDS, grid, save, world
+from conftest import GRIDS, grid, save, save_without_spacing, world
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, LoadImage
+
 from scripts.data import case_name
 from scripts.errors import UserError
 from scripts.transforms import CheckScand, GridSpacingd, LabelsOnScanGridd, RandPatchd, crop_size, labels_on_grid
@@ -69,7 +70,7 @@ def test_labels_return_to_the_scan_they_came_from(kind, spacing, tmp_path):
 
 def test_slabs_do_not_change_the_labels():
     torch.manual_seed(0)
-    logits, (shape, affine) = torch.randn(3, 20, 21, 22), grid("oblique")
+    logits, affine = torch.randn(3, 20, 21, 22), grid("oblique")[1]
     there = torch.from_numpy(affine) @ torch.diag(torch.tensor([0.5, 0.6, 0.7, 1.0], dtype=torch.float64))
     whole = labels_on_grid(logits, torch.from_numpy(affine), there, (25, 24, 23), slab_voxels=10**9)
     assert torch.equal(whole, labels_on_grid(logits, torch.from_numpy(affine), there, (25, 24, 23), slab_voxels=1))
@@ -98,20 +99,25 @@ def test_spacing_ignores_entries_that_share_the_prefix():
 
 
 @pytest.mark.parametrize(
-    ("voxels", "affine", "message"),
+    ("voxels", "message"),
     [
-        (torch.zeros(2, 4, 4, 4), torch.eye(4), "scan.nii has 2 channels; the network takes 1"),
-        (torch.zeros(1, 4, 4), torch.eye(4), "2 spatial axes"),
-        (torch.full((1, 4, 4, 4), torch.nan), torch.eye(4), "64 NaN or infinite voxels"),
-        (torch.zeros(1, 4, 4, 4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0])), "voxel spacing of 1 x 1 x 0 mm"),
+        (torch.zeros(2, 4, 4, 4), "scan.nii has 2 channels; the network takes 1"),
+        (torch.zeros(1, 4, 4), "2 spatial axes"),
+        (torch.full((1, 4, 4, 4), torch.nan), "64 NaN or infinite voxels"),
     ],
-    ids=["channels", "2d", "nan", "zero spacing"],
+    ids=["channels", "2d", "nan"],
 )
-def test_a_scan_the_network_cannot_take_is_named(voxels, affine, message):
+def test_a_scan_the_network_cannot_take_is_named(voxels, message):
     with pytest.raises(UserError, match=message):
-        CheckScand("image", channels=1)(
-            {"image": MetaTensor(voxels, affine=affine, meta={"filename_or_obj": "scan.nii"})}
-        )
+        CheckScand("image", channels=1)({"image": MetaTensor(voxels, meta={"filename_or_obj": "scan.nii"})})
+
+
+def test_a_spacing_of_zero_is_refused_although_nibabel_reads_it_as_one(tmp_path):
+    file = save_without_spacing(tmp_path / "scan.nii")
+    image = LoadImage(ensure_channel_first=True)(file)
+    assert image.affine[2, 2] == 1
+    with pytest.raises(UserError, match="scan.nii has a voxel spacing of 1 x 1 x 0 mm"):
+        CheckScand("image", channels=1)({"image": image})
 
 
 def test_file_name_keeps_the_case_and_drops_only_a_channel():

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import GRIDS, ROOT, TINY, bundle, grid, overlays, save, world
-from scripts.data import validation_cases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scripts.data import validation_cases
 
 
 def rows(path: Path) -> list[dict]:
@@ -74,8 +75,8 @@ class TestTraining:
 
     def test_a_resumed_run_ends_where_an_uninterrupted_one_does(self, trained, phantom_dir, tmp_path):
         arguments = (
-            "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path,
-            "--epochs", 2, *TINY,
+            "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
+            "--output_dir", tmp_path, "--epochs", 2, *TINY,
         )  # fmt: skip
         bundle(*arguments, "--train#trainer#max_epochs", 1)  # stops half way through its schedule
         assert torch.load(tmp_path / "training/checkpoint.pt", weights_only=True)["epoch"] == 1
@@ -189,7 +190,8 @@ print(type(network).__name__, tuple(network.eval()(torch.zeros(1, 1, 32, 32, 32)
         code = f"""
 from monai.bundle import create_workflow
 workflow = create_workflow(
-    config_file="{bundle_copy}/configs/inference.json", workflow_type="infer", dataset_dir="{phantom_dir}", output_dir="out"
+    config_file="{bundle_copy}/configs/inference.json", workflow_type="infer", dataset_dir="{phantom_dir}",
+    output_dir="out",
 )
 workflow.run()
 workflow.finalize()
@@ -210,12 +212,12 @@ ckpt_export("network_def", filepath="model.ts", ckpt_file="{bundle_copy}/models/
 
 
 def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, tmp_path):
+    show_weights = "$print('weights', dist.get_rank(), sum(p.double().sum().item() for p in @network.parameters()))"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = bundle(
         "training", *overlays("train", "multi_gpu_train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
         "--output_dir", tmp_path, "--fold", "all", "--epochs", 1, *TINY,
-        "--finalize", "['$print(\"weights\", dist.get_rank(), sum(p.double().sum().item() for p in @network.parameters()))',"
-        "'$dist.destroy_process_group()']", launcher=launcher,
+        "--finalize", [show_weights, "$dist.destroy_process_group()"], launcher=launcher,
     )  # fmt: skip
     sums = dict(re.findall(r"weights (\d) (\S+)", done.stdout))
     assert set(sums) == {"0", "1"}
