@@ -58,6 +58,25 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, 1)
 
 
+class ChannelNorm(nn.GroupNorm):
+    """GroupNorm with one group a channel, (N, C, *space): `norm_type="group"` of the original.
+
+    On a CPU, torch 2.13 adds up channels-last tensors naively here: the error reaches 1e-3 at 96^3 voxels. There
+    mean and variance come from `torch.var_mean`, which is exact to float32 (tests/test_mednext.py).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        variance, mean = torch.var_mean(x, dim=list(range(2, x.dim())), correction=0, keepdim=True)  # (N, C, 1, ..)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = self.weight.view(shape) * torch.rsqrt(variance + self.eps)
+        return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
+
+
 class MedNeXtBlock(nn.Module):
     """Depthwise conv -> norm -> 1x1x1 expand -> GELU (-> GRN) -> 1x1x1 compress (+ input), (N, C, *space).
 
@@ -73,7 +92,7 @@ class MedNeXtBlock(nn.Module):
         grn: Global Response Normalisation after the GELU (ConvNeXt V2).
 
     Raises:
-        ValueError: `norm_type` or `dim` is neither of its two values.
+        ValueError: `norm_type` or `dim` is neither of its two values, or `do_res` does not fit the channels.
     """
 
     def __init__(
@@ -93,12 +112,16 @@ class MedNeXtBlock(nn.Module):
             raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
         if norm_type not in ("group", "layer"):
             raise ValueError(f"norm_type is {norm_type!r}, expected 'group' or 'layer'.")
+        if do_res and type(self) is MedNeXtBlock and in_channels != out_channels:
+            raise ValueError(
+                f"do_res adds {in_channels} to {out_channels} channels; give equal numbers or do_res=False."
+            )
         hidden = exp_r * in_channels
         self.do_res = do_res
         self.grn = grn
         self.checkpointed = False
         self.conv1 = self._first_conv(in_channels, kernel_size, n_groups or in_channels, dim)
-        self.norm = nn.GroupNorm(in_channels, in_channels) if norm_type == "group" else LayerNorm(in_channels)
+        self.norm = ChannelNorm(in_channels) if norm_type == "group" else LayerNorm(in_channels)
         self.conv2 = _CONV[dim](in_channels, hidden, kernel_size=1)
         self.act = nn.GELU()
         self.conv3 = _CONV[dim](hidden, out_channels, kernel_size=1)
@@ -117,10 +140,15 @@ class MedNeXtBlock(nn.Module):
         return x + y if self.do_res else y
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (
+            not x.is_cuda
+        ):  # channels last is faster on a CPU; in each block, since torch's 1x1x1 convolutions may undo it
+            x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
         y = self.act(self.conv2(self.norm(self.conv1(x))))  # (N, exp_r * C, *space)
         gamma, beta = self.grn_gamma, self.grn_beta
         if gamma is not None and beta is not None:
-            energy = torch.linalg.vector_norm(y, dim=list(range(2, y.dim())), keepdim=True)  # (N, exp_r * C, 1, ..)
+            wide = torch.float32 if y.is_cuda else torch.float64  # float32 sums on a CPU err by 4e-3 at 128^3
+            energy = torch.linalg.vector_norm(y, dim=list(range(2, y.dim())), keepdim=True, dtype=wide).to(y.dtype)
             y = gamma * (y * (energy / (energy.mean(dim=1, keepdim=True) + 1e-6))) + beta + y
         return self._residual(x, self.conv3(y))
 
@@ -255,7 +283,7 @@ class MedNeXt(nn.Module):
         if dim not in _CONV:
             raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
 
-        self.dim = dim
+        self.axes = 2 if dim == "2d" else 3
         self.do_ds = deep_supervision
         self.step = 2**LEVELS  # sides are padded to a multiple of it
         width = [n_channels * 2**level for level in range(LEVELS + 1)]
@@ -302,6 +330,10 @@ class MedNeXt(nn.Module):
     def forward(self, x: torch.Tensor):  # a tensor, or the list of five in training with deep supervision
         size = x.shape[2:]
         step = self.step
+        if len(size) != self.axes:
+            raise ValueError(
+                f"the input has {len(size)} spatial axes, the network {self.axes}; expected (N, C, *space)."
+            )
         if max(size) <= step:
             raise ValueError(
                 f"the input has {list(size)} voxels; at least one side must be over {step},"
@@ -315,8 +347,6 @@ class MedNeXt(nn.Module):
             x = F.pad(x, pad)
 
         x = self.stem(x)  # (N, C, D, H, W)
-        if not x.is_cuda:  # channels last is several times faster on a CPU
-            x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
         x0 = self.enc_block_0(x)
         x1 = self.enc_block_1(self.down_0(x0))  # (N, 2C, D/2, H/2, W/2)
         x2 = self.enc_block_2(self.down_1(x1))
@@ -345,7 +375,7 @@ def create_mednext_v1(
     num_input_channels: int,
     num_classes: int,
     model_id: str,
-    kernel_size: int = 3,
+    kernel_size: int | None = 3,
     deep_supervision: bool = False,
     **options,
 ) -> MedNeXt:
@@ -355,18 +385,23 @@ def create_mednext_v1(
         num_input_channels: channels of the image.
         num_classes: channels of the output, background included.
         model_id: "S", "B", "M" or "L", the rows of `SIZES`.
-        kernel_size: 3, 5 or 7 (the paper trains 3 and 5).
+        kernel_size: 3, 5 or 7 (the paper trains 3 and 5), or None with `enc_kernel_size` and `dec_kernel_size`.
         deep_supervision: add the four coarser heads.
         options: any other argument of MedNeXt, overriding the row of the table.
 
     Raises:
-        ValueError: unknown `model_id` or `kernel_size`.
+        ValueError: unknown `model_id` or `kernel_size`, or an option that `kernel_size` would silently override.
     """
     if model_id not in SIZES:
-        raise ValueError(f"size is {model_id!r}, expected one of {', '.join(SIZES)}.")
-    if kernel_size not in KERNEL_SIZES:
+        raise ValueError(f"model_id is {model_id!r}, expected one of {', '.join(SIZES)}.")
+    if kernel_size is not None and {"enc_kernel_size", "dec_kernel_size"} & set(options):
+        raise ValueError(
+            f"kernel_size {kernel_size} would override enc_kernel_size and dec_kernel_size; give it as None."
+        )
+    if kernel_size not in (*KERNEL_SIZES, None):
         raise ValueError(f"kernel_size is {kernel_size!r}, expected one of {', '.join(map(str, KERNEL_SIZES))}.")
     arguments = {
+        "n_channels": 32,
         "kernel_size": kernel_size,
         "deep_supervision": deep_supervision,
         "do_res": True,
@@ -374,4 +409,4 @@ def create_mednext_v1(
         **SIZES[model_id]._asdict(),
         **options,
     }
-    return MedNeXt(num_input_channels, 32, num_classes, **arguments)
+    return MedNeXt(in_channels=num_input_channels, n_classes=num_classes, **arguments)

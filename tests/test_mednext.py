@@ -247,3 +247,23 @@ def test_activations_on_a_cpu_are_channels_last(norm_type):
     finally:
         torch.set_num_threads(threads)
     assert last == [True] * 17
+
+
+def test_the_norm_of_a_large_patch_is_exact_to_float32_in_channels_last():
+    norm = MedNeXtBlock(4, 4, kernel_size=3).norm
+    x = torch.randn(1, 4, 64, 64, 64, generator=torch.Generator().manual_seed(1)) + 3  # a mean, as images have
+    y = norm(x.contiguous(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(y, norm.double()(x.double()).float())  # torch's own tolerance for float32
+
+
+def test_the_factory_passes_options_on_and_refuses_contradictions():
+    network = create_mednext_v1(1, 2, "S", kernel_size=None, enc_kernel_size=3, dec_kernel_size=5, n_channels=4)
+    assert network.enc_block_0[0].conv1.weight.shape == (4, 1, 3, 3, 3)
+    assert network.bottleneck[0].conv1.weight.shape == (64, 1, 5, 5, 5)
+    with pytest.raises(ValueError, match="kernel_size 3 would override"):
+        create_mednext_v1(1, 2, "S", enc_kernel_size=5)
+
+
+def test_an_image_in_a_volume_network_is_named():
+    with pytest.raises(ValueError, match="2 spatial axes, the network 3"):
+        create_mednext_v1(1, 2, "S", n_channels=4)(torch.zeros(1, 1, 32, 32))
