@@ -19,6 +19,7 @@ from monai.data import create_test_image_3d
 CLASSES = ("background", "low", "middle", "high")
 SHAPE = (44, 40, 22)  # voxels; spacing 1.0 x 1.1 x 2.0 mm
 SPACING = (1.0, 1.1, 2.0)
+LEAST_SHARE = 0.04  # of the voxels for each class, so that every scan has all of them at the same intensities
 
 
 def phantom(folder: str, training: int = 10, test: int = 2) -> str:
@@ -63,9 +64,18 @@ def phantom(folder: str, training: int = 10, test: int = 2) -> str:
 
 def _case(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     random = np.random.RandomState(index)
-    image, label = create_test_image_3d(
-        *SHAPE, num_objs=8, rad_min=4, rad_max=9, noise_max=0.3, num_seg_classes=len(CLASSES) - 1, random_state=random
-    )
+    share = np.zeros(len(CLASSES))
+    while share.min() < LEAST_SHARE:  # the generator places and covers spheres as it likes
+        image, label = create_test_image_3d(
+            *SHAPE,
+            num_objs=8,
+            rad_min=5,
+            rad_max=9,
+            noise_max=0.2,
+            num_seg_classes=len(CLASSES) - 1,
+            random_state=random,
+        )
+        share = np.bincount(label.ravel(), minlength=len(CLASSES)) / label.size
     affine = np.eye(4)
     affine[:3, :3] = _rotation(random.uniform(-0.4, 0.4, size=3)) * SPACING
     if index % 2:  # every other scan is stored flipped and with its axes in another order
