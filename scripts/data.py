@@ -249,9 +249,9 @@ def case_name(meta: dict, _saver: object = None) -> dict:
 
 
 def workers(device: object = None) -> int:
-    """Loader processes: half of the cores up to 8, and on a CPU, where the network needs them itself, at most 1."""
+    """Loader processes: half of the cores up to 8; none where the network itself computes on the CPU and needs them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(1 if "cpu" in str(device) else 8, cores // 2)
+    return 0 if "cpu" in str(device) else min(8, cores // 2)
 
 
 def cache_num(items: Sequence[dict], spacing: Sequence[float], gigabytes: float) -> int:

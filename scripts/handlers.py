@@ -189,13 +189,10 @@ class ValidationReport:
         for label, dice in zip(self.labels[1:], per_label, strict=True):
             writer.add_scalar(f"validation/dice_{label}", dice, epoch)
         if self.first is not None:
-            stored = np.asanyarray(nib.load(self.first["file"]).dataobj, dtype=np.float32)
+            scan = nib.load(self.first["file"])  # as stored; of several channels the first
+            stored = np.asanyarray(scan.dataobj, dtype=np.float32)
             stored = stored[..., 0] if stored.ndim == 4 else stored
-            picture = overlay(
-                stored,
-                np.asarray(self.first["label"][0]),
-                np.asarray(self.first["pred"][0]),
-                nib.load(self.first["file"]).header.get_zooms(),
-            )
+            label, prediction = (np.asarray(self.first[k][0]) for k in ("label", "pred"))
+            picture = overlay(stored, label, prediction, scan.header.get_zooms())
             writer.add_image("validation/scan_label_prediction", picture, epoch, dataformats="HWC")
         writer.flush()

@@ -37,7 +37,8 @@ def test_a_published_data_set_trains_scores_and_infers(name, tmp_path):
     )
     # held out: one case; a split of one's own is what an nnU-Net user would bring
     bundle(
-        "training", *overlays("train"), *common, "--patch_size", DATASETS[name], "--epochs", 1, "--iterations", 1,
+        "training", *overlays("train"), *common, "--patch_size", DATASETS[name], "--spacing", "[2,2,2]",  # 2 mm: seconds
+        "--epochs", 1, "--iterations", 1,
         "--validate#dataset#data", f"$data.validation_cases('{folder}', 0)[:1]",
     )  # fmt: skip
     bundle(
