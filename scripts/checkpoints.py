@@ -31,9 +31,8 @@ def load(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises pickle, zip, runtime and end-of-file errors here
-        raise UserError(
-            f"{path} is not a readable weights file ({str(e).splitlines()[0]}); copy or train it again."
-        ) from e
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"{path} is not a readable weights file ({reason}); copy or train it again.") from e
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict.")
     return dict(content)

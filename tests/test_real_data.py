@@ -35,9 +35,9 @@ def test_a_published_data_set_trains_scores_and_infers(name, tmp_path):
         "--overlap",
         0,
     )
-    # held out: one case; a split of one's own is what an nnU-Net user would bring
+    # at 2 mm, to be quick; held out: one case
     bundle(
-        "training", *overlays("train"), *common, "--patch_size", DATASETS[name], "--spacing", "[2,2,2]",  # 2 mm: seconds
+        "training", *overlays("train"), *common, "--patch_size", DATASETS[name], "--spacing", "[2,2,2]",
         "--epochs", 1, "--iterations", 1,
         "--validate#dataset#data", f"$data.validation_cases('{folder}', 0)[:1]",
     )  # fmt: skip
