@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .data import workers
+from .data import image_files, workers
 from .errors import UserError
 from .mednext import KERNEL_SIZES, SIZES
 from .nifti import read
@@ -103,7 +103,7 @@ def _check_same_grid(path: str, one: nib.Nifti1Image, other_path: str, other: ni
 
 def check_case(case: dict, channels: int, classes: int) -> tuple[int, ...]:
     """All checks of one case; returns its voxels a side and leaves nothing in memory."""
-    paths = [case["image"]] if isinstance(case["image"], str) else list(case["image"])
+    paths = image_files(case)
     image = check_image(paths, channels)
     check_label(case["label"], paths[0], image, classes)
     return tuple(round(n * s) for n, s in zip(image.shape[:3], image.header.get_zooms()[:3], strict=True))
@@ -161,8 +161,7 @@ def _check_cases(items, channels, classes, patch_size, spacing, memory) -> None:
 
 
 def _signature(case: dict, channels: int, classes: int) -> list:
-    files = [case["image"]] if isinstance(case["image"], str) else list(case["image"])
-    states = [(p, Path(p).stat()) for p in [*files, case["label"]] if Path(p).exists()]
+    states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
     return [channels, classes, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
 
 

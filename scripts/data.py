@@ -28,6 +28,11 @@ def _stem(path: Path) -> str:
     return path.stem
 
 
+def image_files(case: dict) -> list[str]:
+    """The image files of a case: one, or one a channel."""
+    return [case["image"]] if isinstance(case["image"], str) else list(case["image"])
+
+
 def _is_scan(path: Path) -> bool:
     return path.is_file() and path.name.endswith(ENDINGS) and not path.name.startswith((".", "_"))
 
@@ -107,9 +112,7 @@ def cases(dataset_dir: str) -> list[dict]:
         else _nnunet_cases(folder, description)
     )
     for case in found:
-        for path in (
-            [case["image"], case["label"]] if isinstance(case["image"], str) else [*case["image"], case["label"]]
-        ):
+        for path in (*image_files(case), case["label"]):
             if not Path(path).is_file():
                 raise UserError(
                     f"{path} not found, which case {case['case']} of {folder} needs; add it or remove the case."
@@ -261,7 +264,7 @@ def cache_num(items: Sequence[dict], spacing: Sequence[float], gigabytes: float)
 
 
 def _prepared_bytes(case: dict, spacing: Sequence[float]) -> float:
-    files = [case["image"]] if isinstance(case["image"], str) else case["image"]
+    files = image_files(case)
     header = nib.load(files[0]).header
     channels = len(files) if len(header.get_data_shape()) < 4 else header.get_data_shape()[3]
     extent = np.prod([n * s for n, s in zip(header.get_data_shape()[:3], header.get_zooms()[:3], strict=True)])

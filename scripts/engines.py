@@ -10,6 +10,7 @@ import torch.distributed as dist
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
+from .data import image_files
 from .errors import UserError
 
 logger = logging.getLogger("mednext")
@@ -84,5 +85,4 @@ def _reason(case: dict, error: BaseException) -> str:
         error = error.__cause__ or error.__context__
     if isinstance(error, UserError):
         return str(error)
-    name = case["image"] if isinstance(case["image"], str) else case["image"][0]
-    return f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+    return f"{image_files(case)[0]}: {type(error).__name__}: {error}".splitlines()[0]

@@ -66,7 +66,7 @@ def score(
 
 
 def summarise(rows: Sequence[dict], labels: Sequence[str]) -> list[dict]:
-    """Per label, and over all labels, mean and standard deviation over the cases that have a finite score.
+    """Per label, mean and standard deviation over the cases that have a finite score; last the mean over the labels.
 
     `empty_in_both` and `empty_in_one` count what is left out (nan) or is 0 (infinite for HD95).
     """
@@ -83,7 +83,7 @@ def summarise(rows: Sequence[dict], labels: Sequence[str]) -> list[dict]:
         summary.append({**entry, "empty_in_both": empty.count(2), "empty_in_one": empty.count(1)})
     mean = {"label": "mean", "cases": len({row["case"] for row in rows})}
     for key in summary[0] if summary else ():
-        if key not in mean:
+        if key not in mean and not key.endswith("_std"):
             values = [entry[key] for entry in summary]
             finite = [v for v in values if math.isfinite(v)]
             mean[key] = sum(values) if key.startswith("empty") else float(np.mean(finite)) if finite else math.nan
