@@ -45,20 +45,12 @@ def score(
         row = {"label": name, "predicted_voxels": int(predicted.sum()), "reference_voxels": int(wanted.sum())}
         present = (row["predicted_voxels"] > 0) + (row["reference_voxels"] > 0)
         if present == 2:
-            row["dice"] = compute_dice(predicted, wanted, ignore_empty=False).item()
+            row["dice"] = compute_dice(predicted, wanted).item()
             with warnings.catch_warnings():  # MONAI warns of empty classes that are not there
                 warnings.simplefilter("ignore")
-                row["nsd"] = compute_surface_dice(
-                    predicted,
-                    wanted,
-                    [tolerance],
-                    include_background=True,
-                    spacing=[float(s) for s in spacing],
-                    use_subvoxels=True,
-                ).item()
-                row["hd95_mm"] = compute_hausdorff_distance(
-                    predicted, wanted, include_background=True, percentile=95, spacing=[float(s) for s in spacing]
-                ).item()
+                options = {"include_background": True, "spacing": [float(s) for s in spacing]}
+                row["nsd"] = compute_surface_dice(predicted, wanted, [tolerance], use_subvoxels=True, **options).item()
+                row["hd95_mm"] = compute_hausdorff_distance(predicted, wanted, percentile=95, **options).item()
         else:
             row.update(zip(METRICS, (0.0, 0.0, math.inf) if present else (math.nan,) * 3, strict=True))
         rows.append(row)
