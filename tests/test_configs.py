@@ -82,12 +82,17 @@ def test_shared_settings_and_definitions_have_the_same_text():
     assert train["validate"]["inferer"] == inference["inferer"]
 
 
-def test_defaults_for_weights_without_settings_are_those_of_training():
-    train, trained = read("train"), read("inference")["trained"]
-    for key, value in read("evaluate")["trained"].items():
-        assert trained[key] == value
-    for key in ("size", "kernel_size", "spacing", "patch_size"):
-        assert trained[key] == train[key]
+@pytest.mark.parametrize("name", ["evaluate", "inference"])
+def test_defaults_for_weights_without_settings_are_those_of_training(name):
+    train, trained = read("train"), read(name)["trained"]
+    shared = {"size", "kernel_size", "spacing", "patch_size", "fold"} & set(trained)
+    assert len(shared) >= 4
+    assert {key: trained[key] for key in shared} == {key: train[key] for key in shared}
+
+
+def test_scoring_takes_the_fold_that_the_weights_were_not_trained_on():
+    assert read("evaluate")["fold"] == "$@trained['fold']"
+    assert read("train")["settings"]["fold"] == "@fold"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
