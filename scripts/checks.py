@@ -102,7 +102,7 @@ def _check_same_grid(path: str, one: nib.Nifti1Image, other_path: str, other: ni
 
 
 def check_case(case: dict, channels: int, classes: int) -> tuple[int, ...]:
-    """All checks of one case; returns its voxels a side and leaves nothing in memory."""
+    """All checks of one case; returns its extent in mm and leaves nothing in memory."""
     paths = image_files(case)
     image = check_image(paths, channels)
     check_label(case["label"], paths[0], image, classes)

@@ -11,7 +11,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from .data import image_files
-from .errors import UserError
+from .errors import UserError, first_cause
 
 logger = logging.getLogger("mednext")
 
@@ -59,7 +59,7 @@ class ScanEvaluator(SupervisedEvaluator):
         if "failure" in batchdata:
             self.failures += batchdata["failure"]
             return {}
-        case = {"case": batchdata.get("case"), "image": batchdata["image"].meta.get("filename_or_obj")}
+        case = {"image": batchdata["image"].meta.get("filename_or_obj")}
         try:
             return super()._iteration(engine, batchdata)
         except Exception as e:
@@ -81,8 +81,7 @@ class ScanEvaluator(SupervisedEvaluator):
 
 def _reason(case: dict, error: BaseException) -> str:
     """One sentence that names the scan's file and the first cause of `error`."""
-    while not isinstance(error, UserError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{image_files(case)[0]}: {type(error).__name__}: {error}".splitlines()[0]
+    cause = first_cause(error)
+    if isinstance(cause, UserError):
+        return str(cause)
+    return f"{image_files(case)[0]}: {type(cause).__name__}: {cause}".splitlines()[0]

@@ -14,14 +14,22 @@ class UserError(ValueError):
     """
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """The UserError that `error` was raised from, else the exception it all began with.
+
+    MONAI wraps what an expression of a config or a transform raises.
+    """
+    while not isinstance(error, UserError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _print_user_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    cause: BaseException | None = error
-    while cause is not None:  # MONAI's config parser wraps what an expression raises
-        if isinstance(cause, UserError):
-            print(f"error: {cause}", file=sys.stderr)
-            return
-        cause = cause.__cause__ or cause.__context__
-    sys.__excepthook__(kind, error, trace)
+    cause = first_cause(error)
+    if isinstance(cause, UserError):
+        print(f"error: {cause}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "monai.bundle.__main__":

@@ -118,7 +118,6 @@ class MedNeXtBlock(nn.Module):
             )
         hidden = exp_r * in_channels
         self.do_res = do_res
-        self.grn = grn
         self.checkpointed = False
         self.conv1 = self._first_conv(in_channels, kernel_size, n_groups or in_channels, dim)
         self.norm = ChannelNorm(in_channels) if norm_type == "group" else LayerNorm(in_channels)
