@@ -19,9 +19,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-__all__ = ["SIZES", "MedNeXt", "MedNeXtBlock", "MedNeXtDownBlock", "MedNeXtUpBlock", "create_mednext_v1"]
+from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock
+
+LEVELS = 4  # moves down, hence the multiple of 2**4 voxels
+KERNEL_SIZES = (3, 5, 7)
+
+
+class Layout(NamedTuple):
+    """How the four down blocks are made, the one thing in which MedNeXts differ: where a block's ratio comes from
+    (0: the stage before it, 1: the stage it leads to), and which blocks have GRN where the others have it."""
+
+    ratio_from: int
+    grn: tuple[bool, bool, bool, bool]
+
+
+LAYOUTS = {
+    "paper": Layout(1, (False, True, True, True)),  # MIC-DKFZ/MedNeXt, whose down_0 lacks GRN
+    "v2": Layout(1, (True, True, True, True)),
+    "monai": Layout(0, (False, False, False, False)),  # monai.networks.nets.MedNeXt
+}
 
 
 class Size(NamedTuple):
@@ -29,195 +46,24 @@ class Size(NamedTuple):
 
     exp_r: tuple[int, ...]
     block_counts: tuple[int, ...]
-    checkpoint_style: str | None
+    checkpoint_style: str | None = None
+    n_channels: int = 32
+    layout: str = "paper"
+    grn: bool | str = False
 
 
+_B_RATIOS, _M_BLOCKS, _L = (2, 3, 4, 4, 4, 4, 4, 3, 2), (3, 4, 4, 4, 4, 4, 4, 4, 3), (3, 4, 8, 8, 8, 8, 8, 4, 3)
 SIZES = {  # parameters at kernel 3 | 5, one input channel, three classes, no deep supervision
-    "S": Size((2,) * 9, (2,) * 9, None),  # 5.55 M | 5.98 M
-    "B": Size((2, 3, 4, 4, 4, 4, 4, 3, 2), (2,) * 9, None),  # 10.5 M | 11.0 M
-    "M": Size((2, 3, 4, 4, 4, 4, 4, 3, 2), (3, 4, 4, 4, 4, 4, 4, 4, 3), "outside_block"),  # 17.5 M | 18.3 M
-    "L": Size((3, 4, 8, 8, 8, 8, 8, 4, 3), (3, 4, 8, 8, 8, 8, 8, 4, 3), "outside_block"),  # 61.8 M | 63.0 M
+    "S": Size((2,) * 9, (2,) * 9),  # 5.55 M | 5.98 M
+    "B": Size(_B_RATIOS, (2,) * 9),  # 10.5 M | 11.0 M
+    "M": Size(_B_RATIOS, _M_BLOCKS, "outside_block"),  # 17.5 M | 18.3 M
+    "L": Size(_L, _L, "outside_block"),  # 61.8 M | 63.0 M
+    "v2-B": Size(_L, _L, "outside_block", layout="v2", grn="sum"),  # 62.0 M
+    "v2-W": Size(_L, _L, "outside_block", 64, layout="v2", grn="sum"),  # 247 M
+    "monai-B": Size(_B_RATIOS, (2,) * 9, layout="monai"),  # MONAI's S is the paper's
+    "monai-M": Size(_B_RATIOS, _M_BLOCKS, "outside_block", layout="monai"),
+    "monai-L": Size(_L, _L, "outside_block", layout="monai"),
 }
-LEVELS = 4  # moves down, hence the multiple of 2**4 voxels
-KERNEL_SIZES = (3, 5, 7)
-
-_CONV = {"2d": nn.Conv2d, "3d": nn.Conv3d}
-_CONV_TRANSPOSE = {"2d": nn.ConvTranspose2d, "3d": nn.ConvTranspose3d}
-
-
-class LayerNorm(nn.Module):
-    """Normalises over the channels of each voxel, (N, C, *space): `norm_type="layer"` of the original."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, 1)
-
-
-class ChannelNorm(nn.GroupNorm):
-    """GroupNorm with one group a channel, (N, C, *space): `norm_type="group"` of the original.
-
-    On a CPU, torch 2.13 adds up channels-last tensors naively here: the error reaches 1e-3 at 96^3 voxels. There
-    mean and variance come from `torch.var_mean`, which is exact to float32 (tests/test_mednext.py).
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        variance, mean = torch.var_mean(x, dim=list(range(2, x.dim())), correction=0, keepdim=True)  # (N, C, 1, ..)
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = self.weight.view(shape) * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
-
-
-class MedNeXtBlock(nn.Module):
-    """Depthwise conv -> norm -> 1x1x1 expand -> GELU (-> GRN) -> 1x1x1 compress (+ input), (N, C, *space).
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output; equal to `in_channels` where `do_res`.
-        exp_r: expansion ratio; the hidden layer has `exp_r * in_channels` channels.
-        kernel_size: edge of the depthwise kernel, odd.
-        do_res: add the input to the output.
-        norm_type: "group" (one group a channel, i.e. affine instance norm) or "layer" (over channels).
-        n_groups: groups of the first convolution; None means depthwise.
-        dim: "2d" or "3d".
-        grn: Global Response Normalisation after the GELU (ConvNeXt V2).
-
-    Raises:
-        ValueError: `norm_type` or `dim` is neither of its two values, or `do_res` does not fit the channels.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        exp_r: int = 4,
-        kernel_size: int = 7,
-        do_res: bool = True,
-        norm_type: str = "group",
-        n_groups: int | None = None,
-        dim: str = "3d",
-        grn: bool = False,
-    ) -> None:
-        super().__init__()
-        if dim not in _CONV:
-            raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
-        if norm_type not in ("group", "layer"):
-            raise ValueError(f"norm_type is {norm_type!r}, expected 'group' or 'layer'.")
-        if do_res and type(self) is MedNeXtBlock and in_channels != out_channels:
-            raise ValueError(
-                f"do_res adds {in_channels} to {out_channels} channels; give equal numbers or do_res=False."
-            )
-        hidden = exp_r * in_channels
-        self.do_res = do_res
-        self.checkpointed = False
-        self.conv1 = self._first_conv(in_channels, kernel_size, n_groups or in_channels, dim)
-        self.norm = ChannelNorm(in_channels) if norm_type == "group" else LayerNorm(in_channels)
-        self.conv2 = _CONV[dim](in_channels, hidden, kernel_size=1)
-        self.act = nn.GELU()
-        self.conv3 = _CONV[dim](hidden, out_channels, kernel_size=1)
-        self.grn_beta: nn.Parameter | None = None
-        self.grn_gamma: nn.Parameter | None = None
-        if grn:
-            shape = (1, hidden) + (1,) * (2 if dim == "2d" else 3)
-            self.grn_beta = nn.Parameter(torch.zeros(shape))
-            self.grn_gamma = nn.Parameter(torch.zeros(shape))
-
-    @staticmethod
-    def _first_conv(channels: int, kernel_size: int, groups: int, dim: str) -> nn.Module:
-        return _CONV[dim](channels, channels, kernel_size, padding=kernel_size // 2, groups=groups)
-
-    def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + y if self.do_res else y
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (
-            not x.is_cuda
-        ):  # channels last is faster on a CPU; in each block, since torch's 1x1x1 convolutions may undo it
-            x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
-        y = self.act(self.conv2(self.norm(self.conv1(x))))  # (N, exp_r * C, *space)
-        gamma, beta = self.grn_gamma, self.grn_beta
-        if gamma is not None and beta is not None:
-            wide = torch.float32 if y.is_cuda else torch.float64  # float32 sums on a CPU err by 4e-3 at 128^3
-            energy = torch.linalg.vector_norm(y, dim=list(range(2, y.dim())), keepdim=True, dtype=wide).to(y.dtype)
-            y = gamma * (y * (energy / (energy.mean(dim=1, keepdim=True) + 1e-6))) + beta + y
-        return self._residual(x, self.conv3(y))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
-
-
-class MedNeXtDownBlock(MedNeXtBlock):
-    """MedNeXtBlock whose depthwise conv has stride 2: (N, C, 2n, ..) -> (N, out_channels, n, ..).
-
-    With `do_res` the input comes back through a strided 1x1x1 convolution. Arguments as in MedNeXtBlock.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        exp_r: int = 4,
-        kernel_size: int = 7,
-        do_res: bool = False,
-        norm_type: str = "group",
-        dim: str = "3d",
-        grn: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, exp_r, kernel_size, do_res, norm_type, None, dim, grn)
-        self.res_conv = self._shortcut(in_channels, out_channels, dim) if do_res else nn.Identity()
-
-    @staticmethod
-    def _first_conv(channels: int, kernel_size: int, groups: int, dim: str) -> nn.Module:
-        return _CONV[dim](channels, channels, kernel_size, stride=2, padding=kernel_size // 2, groups=groups)
-
-    @staticmethod
-    def _shortcut(in_channels: int, out_channels: int, dim: str) -> nn.Module:
-        return _CONV[dim](in_channels, out_channels, kernel_size=1, stride=2)
-
-    def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.res_conv(x) if self.do_res else y
-
-
-class MedNeXtUpBlock(MedNeXtDownBlock):
-    """MedNeXtBlock whose depthwise conv is transposed with stride 2: (N, C, n, ..) -> (N, out_channels, 2n, ..).
-
-    A transposed stride-2 convolution without output padding yields 2n - 1 voxels; one plane of zeros on the low side of
-    every axis completes 2n, as in the original. Arguments as in MedNeXtBlock.
-    """
-
-    @staticmethod
-    def _first_conv(channels: int, kernel_size: int, groups: int, dim: str) -> nn.Module:
-        return _CONV_TRANSPOSE[dim](channels, channels, kernel_size, stride=2, padding=kernel_size // 2, groups=groups)
-
-    @staticmethod
-    def _shortcut(in_channels: int, out_channels: int, dim: str) -> nn.Module:
-        return _CONV_TRANSPOSE[dim](in_channels, out_channels, kernel_size=1, stride=2)
-
-    def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        y = y + self.res_conv(x) if self.do_res else y  # (N, C, 2n - 1, ..)
-        return F.pad(y, [1, 0] * (x.dim() - 2))
-
-
-class OutBlock(nn.Module):
-    """1x1x1 head: (N, C, *space) -> (N, n_classes, *space)."""
-
-    def __init__(self, in_channels: int, n_classes: int, dim: str) -> None:
-        super().__init__()
-        self.conv_out = _CONV_TRANSPOSE[dim](in_channels, n_classes, kernel_size=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv_out(x)
 
 
 class MedNeXt(nn.Module):
@@ -234,11 +80,14 @@ class MedNeXt(nn.Module):
         deep_supervision: add heads at the four coarser resolutions.
         do_res: residual connection in the blocks.
         do_res_up_down: residual connection in down and up blocks.
-        checkpoint_style: None, or "outside_block" to recompute every block in the backward pass (less memory, slower).
+        checkpoint_style: what the backward pass computes again instead of keeping it (less memory, slower): None
+            nothing, "expansion" the wide layers of every block, "block" (or the original's name, "outside_block") whole
+            blocks. Five values choose for each resolution, full one first; a down or up block counts by its output.
         block_counts: blocks in each of the nine stages.
         norm_type: "group" or "layer".
         dim: "2d" or "3d".
-        grn: Global Response Normalisation; as in the original everywhere but in the first down block.
+        grn: Global Response Normalisation, False, True (or "mean") or "sum", see MedNeXtBlock.
+        layout: "paper", "monai" or "v2", the rows of `LAYOUTS`. With grn, "paper" has it everywhere but in `down_0`.
 
     Input (N, in_channels, [D,] H, W), any size with at least one side over 16 voxels. Output: in eval mode
     (N, n_classes, [D,] H, W); in training mode with deep supervision the list of five logits at 1, 1/2, .. 1/16 of the
@@ -260,18 +109,20 @@ class MedNeXt(nn.Module):
         deep_supervision: bool = False,
         do_res: bool = False,
         do_res_up_down: bool = False,
-        checkpoint_style: str | None = None,
+        checkpoint_style: str | Sequence[str | None] | None = None,
         block_counts: Sequence[int] = (2, 2, 2, 2, 2, 2, 2, 2, 2),
         norm_type: str = "group",
         dim: str = "3d",
-        grn: bool = False,
+        grn: bool | str = False,
+        layout: str = "paper",
     ) -> None:
         super().__init__()
         stages = 2 * LEVELS + 1
         ratios = [exp_r] * stages if isinstance(exp_r, int) else list(exp_r)
         enc_kernel, dec_kernel = (enc_kernel_size, dec_kernel_size) if kernel_size is None else (kernel_size,) * 2
-        if checkpoint_style not in (None, "outside_block"):
-            raise ValueError(f"checkpoint_style is {checkpoint_style!r}, expected None or 'outside_block'.")
+        styles = _checkpoint_styles(checkpoint_style)
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
         if len(ratios) != stages or len(block_counts) != stages:
             raise ValueError(
                 f"exp_r and block_counts need {stages} entries, got {len(ratios)} and {len(block_counts)}."
@@ -279,7 +130,7 @@ class MedNeXt(nn.Module):
         for name, k in (("encoder", enc_kernel), ("decoder", dec_kernel)):
             if k is None or k % 2 == 0:
                 raise ValueError(f"the {name} kernel size is {k}, expected an odd number.")
-        if dim not in _CONV:
+        if dim not in CONV:
             raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
 
         self.axes = 2 if dim == "2d" else 3
@@ -296,35 +147,28 @@ class MedNeXt(nn.Module):
             )
             return nn.Sequential(*blocks)
 
-        # stage i has ratio exp_r[i]; the move into stage i has the ratio of the stage it leads to
-        self.stem = _CONV[dim](in_channels, n_channels, kernel_size=1)
+        def add(name: str, level: int, module: nn.Module) -> None:
+            for block in module.modules():
+                if isinstance(block, MedNeXtBlock):
+                    block.checkpoint_style = styles[level]
+            self.add_module(name, module)
+
+        ratio_from, grn_down = LAYOUTS[layout]
+        self.stem = CONV[dim](in_channels, n_channels, kernel_size=1)
         for level in range(LEVELS):
-            self.add_module(f"enc_block_{level}", stage(level, width[level], enc_kernel))
-            down = MedNeXtDownBlock(
-                width[level],
-                width[level + 1],
-                ratios[level + 1],
-                enc_kernel,
-                do_res_up_down,
-                grn=grn and level > 0,
-                **shared,
-            )
-            self.add_module(f"down_{level}", down)
-        self.bottleneck = stage(LEVELS, width[LEVELS], dec_kernel)
+            add(f"enc_block_{level}", level, stage(level, width[level], enc_kernel))
+            wide = (width[level], width[level + 1], ratios[level + ratio_from])
+            down = MedNeXtDownBlock(*wide, enc_kernel, do_res_up_down, grn=grn_down[level] and grn, **shared)
+            add(f"down_{level}", level + 1, down)
+        add("bottleneck", LEVELS, stage(LEVELS, width[LEVELS], dec_kernel))
         for level in reversed(range(LEVELS)):
             index = stages - 1 - level
-            up = MedNeXtUpBlock(
-                width[level + 1], width[level], ratios[index], dec_kernel, do_res_up_down, grn=grn, **shared
-            )
-            self.add_module(f"up_{level}", up)
-            self.add_module(f"dec_block_{level}", stage(index, width[level], dec_kernel))
+            wide = (width[level + 1], width[level], ratios[index])
+            add(f"up_{level}", level, MedNeXtUpBlock(*wide, dec_kernel, do_res_up_down, grn=grn, **shared))
+            add(f"dec_block_{level}", level, stage(index, width[level], dec_kernel))
         for level in range(LEVELS + 1):
             used = deep_supervision or level == 0
-            self.add_module(f"out_{level}", OutBlock(width[level], n_classes, dim) if used else nn.Identity())
-
-        for module in self.modules():
-            if isinstance(module, MedNeXtBlock):
-                module.checkpointed = checkpoint_style == "outside_block"
+            add(f"out_{level}", level, OutBlock(width[level], n_classes, dim) if used else nn.Identity())
 
     def forward(self, x: torch.Tensor):  # a tensor, or the list of five in training with deep supervision
         size = x.shape[2:]
@@ -370,7 +214,18 @@ def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
     return x
 
 
-def create_mednext_v1(
+def _checkpoint_styles(style: str | Sequence[str | None] | None) -> list[str | None]:
+    """One of None, "expansion", "block" for each resolution."""
+    styles = [style] * (LEVELS + 1) if style is None or isinstance(style, str) else list(style)
+    if len(styles) != LEVELS + 1 or not {*styles} <= {None, "expansion", "block", "outside_block"}:
+        raise ValueError(
+            f"checkpoint_style is {style!r}, expected None, 'expansion', 'block' or 'outside_block', or {LEVELS + 1} of"
+            " these, one a resolution."
+        )
+    return ["block" if s == "outside_block" else s for s in styles]
+
+
+def create_mednext(
     num_input_channels: int,
     num_classes: int,
     model_id: str,
@@ -378,12 +233,12 @@ def create_mednext_v1(
     deep_supervision: bool = False,
     **options,
 ) -> MedNeXt:
-    """The paper's network by its name.
+    """Any row of `SIZES` by its name.
 
     Args:
         num_input_channels: channels of the image.
         num_classes: channels of the output, background included.
-        model_id: "S", "B", "M" or "L", the rows of `SIZES`.
+        model_id: a row of `SIZES`, for example "S" or "v2-B".
         kernel_size: 3, 5 or 7 (the paper trains 3 and 5), or None with `enc_kernel_size` and `dec_kernel_size`.
         deep_supervision: add the four coarser heads.
         options: any other argument of MedNeXt, overriding the row of the table.
@@ -400,7 +255,6 @@ def create_mednext_v1(
     if kernel_size not in (*KERNEL_SIZES, None):
         raise ValueError(f"kernel_size is {kernel_size!r}, expected one of {', '.join(map(str, KERNEL_SIZES))}.")
     arguments = {
-        "n_channels": 32,
         "kernel_size": kernel_size,
         "deep_supervision": deep_supervision,
         "do_res": True,
@@ -409,3 +263,42 @@ def create_mednext_v1(
         **options,
     }
     return MedNeXt(in_channels=num_input_channels, n_classes=num_classes, **arguments)
+
+
+def create_mednext_v1(
+    num_input_channels: int,
+    num_classes: int,
+    model_id: str,
+    kernel_size: int | None = 3,
+    deep_supervision: bool = False,
+    **options,
+) -> MedNeXt:
+    """The paper's network "S", "B", "M" or "L", with the signature of the original; see `create_mednext`.
+
+    With `grn=True` it has GRN where the original has it, and with `layout="monai"` MONAI's down blocks.
+    """
+    if model_id not in ("S", "B", "M", "L"):
+        raise ValueError(f"model_id is {model_id!r}, expected one of S, B, M, L.")
+    return create_mednext(num_input_channels, num_classes, model_id, kernel_size, deep_supervision, **options)
+
+
+def create_mednext_v2(
+    model_id: str,
+    num_input_channels: int,
+    num_classes: int,
+    kernel_size: int | None = 3,
+    deep_supervision: bool = False,
+    **options,
+) -> MedNeXt:
+    """MedNeXt-v2 (Roy et al. 2025, arXiv 2512.17774), "B" of width 32 or "W" of width 64; see `create_mednext`.
+
+    No code and no weights of the authors were public when this was written. Established, from the abstract: 3D GRN, and
+    depth, width and context scaling. Reported publicly by a re-implementation (nanaHa1003/mednext-accel), and met here:
+    depths and ratios of L, GRN in every block, widths 32 and 64, kernel 3; 61,969,507 and 246,536,387 parameters at one
+    channel and three classes, the coarser heads not counted. Not established: whether GRN divides by the sum over the
+    channels, as the paper's formula is reported to do (`grn="sum"`, the default), or by the mean, as ConvNeXt V2 and
+    the v1 code do (`grn="mean"`). The two share their weights' shapes but not their function.
+    """
+    if model_id not in ("B", "W"):
+        raise ValueError(f"model_id is {model_id!r}, expected B or W.")
+    return create_mednext(num_input_channels, num_classes, f"v2-{model_id}", kernel_size, deep_supervision, **options)

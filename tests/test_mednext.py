@@ -8,7 +8,8 @@ from monai.networks.blocks.mednext_block import MedNeXtDownBlock as MonaiDownBlo
 from monai.networks.nets.mednext import MedNeXt as MonaiMedNeXt
 from monai.networks.nets.mednext import create_mednext
 
-from scripts.mednext import SIZES, MedNeXt, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, create_mednext_v1
+from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
+from scripts.mednext import SIZES, MedNeXt, create_mednext_v1
 
 # What two orders of summation in float64 may differ by, at gradients up to 1e3: measured, 2e-11 at most. The absolute
 # part is for conv1.bias: the norm after it takes the mean away, so its gradient is zero, and the computed one rounding.
