@@ -17,6 +17,17 @@ CONV = {"2d": nn.Conv2d, "3d": nn.Conv3d}
 CONV_TRANSPOSE = {"2d": nn.ConvTranspose2d, "3d": nn.ConvTranspose3d}
 
 
+def exporting() -> bool:
+    """Whether torch.export or the ONNX exporter is looking; their graphs serve every input size and other runtimes."""
+    return False if torch.jit.is_scripting() else torch.compiler.is_exporting()
+
+
+def _mean_axis_by_axis(x: torch.Tensor) -> torch.Tensor:
+    for axis in range(2, x.dim()):
+        x = x.mean(axis, keepdim=True)
+    return x  # (N, C, 1, ..)
+
+
 class LayerNorm(nn.Module):
     """Normalises over the channels of each voxel, (N, C, *space): `norm_type="layer"` of the original."""
 
@@ -34,16 +45,21 @@ class ChannelNorm(nn.GroupNorm):
     """GroupNorm with one group a channel, (N, C, *space): `norm_type="group"` of the original.
 
     On a CPU, torch 2.13 adds up channels-last tensors naively here: the error reaches 1e-3 at 96^3 voxels. There
-    mean and variance come from `torch.var_mean`, which is exact to float32 (tests/test_mednext.py).
+    mean and variance come from `torch.var_mean`, which is exact to float32 (tests/test_blocks.py). ONNX Runtime 1.31
+    adds up naively in every operator, which shows where an image is padded or air; an exported graph sums axis by axis.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if exporting():
+            mean = _mean_axis_by_axis(x)
+            variance = _mean_axis_by_axis((x - mean).square())
+        elif x.is_cuda:
             return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        variance, mean = torch.var_mean(x, dim=list(range(2, x.dim())), correction=0, keepdim=True)  # (N, C, 1, ..)
+        else:
+            variance, mean = torch.var_mean(x, dim=list(range(2, x.dim())), correction=0, keepdim=True)  # (N, C, 1, ..)
         shape = [1, -1] + [1] * (x.dim() - 2)
         scale = self.weight.view(shape) * torch.rsqrt(variance + self.eps)
         return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
@@ -139,7 +155,8 @@ class MedNeXtBlock(nn.Module):
         y = self._expansion(y) if torch.jit.is_scripting() else self._run("expansion", self._expansion, y)
         return self._residual(x, y)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
+        # the second argument is the original's and unused: networks built of its blocks pass it
         return self._block(x) if torch.jit.is_scripting() else self._run("block", self._block, x)
 
 
@@ -202,5 +219,5 @@ class OutBlock(nn.Module):
         super().__init__()
         self.conv_out = CONV_TRANSPOSE[dim](in_channels, n_classes, kernel_size=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
         return self.conv_out(x)

@@ -1,36 +1,67 @@
-"""Weights: what a file holds, whether it fits a network, and what a training run keeps on disk."""
+"""Weights of any MedNeXt: what a file holds, the names others give the same tensors, and whether they fit a network.
+
+Files come from this bundle, from MIC-DKFZ/MedNeXt (nnU-Net v1's `*.model`), from MONAI's own MedNeXt, bare or inside a
+training checkpoint. Inside the bundle there is one set of names, that of `mednext.py`.
+"""
 
 from __future__ import annotations
 
-import logging
-import shutil
-import time
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from ignite.engine import Engine, Events
 from torch import nn
 
-from . import settings as model_settings
+from .architecture import Shapes, describe, explain, shapes
 from .errors import UserError
-from .mednext import SIZES
 
-logger = logging.getLogger("mednext")
+CONTAINERS = ("state_dict", "network_weights", "model")  # MIC-DKFZ and Lightning; nnU-Net v2; this bundle and MONAI
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile, torch's checkpoint wrapper
+HEADS = "out_"  # prefix of the heads, all that a new set of classes changes
+
+MONAI_MODULES = {  # ours -> monai.networks.nets.MedNeXt; stem, bottleneck and out_0 have the same name
+    **{f"enc_block_{i}": f"enc_stages.{i}" for i in range(4)},
+    **{f"down_{i}": f"down_blocks.{i}" for i in range(4)},
+    **{f"up_{i}": f"up_blocks.{3 - i}" for i in range(4)},
+    **{f"dec_block_{i}": f"dec_stages.{3 - i}" for i in range(4)},
+    **{f"out_{i}": f"out_blocks.{4 - i}" for i in range(1, 5)},
+}
+MONAI_PARAMETERS = {"grn_beta": "global_resp_beta", "grn_gamma": "global_resp_gamma"}
+
+State = dict[str, torch.Tensor]
+
+
+class Weights(NamedTuple):
+    """`state` with our names; `format` is whose names it had: "mednext", "mic-dkfz" or "monai"."""
+
+    state: State
+    format: str
+    content: dict  # the whole file
 
 
 def load(path: str | Path) -> dict:
-    """The file's dictionary, on the CPU; only tensors and plain values are accepted (`weights_only=True`).
+    """The file's dictionary, on the CPU; only tensors, plain values and numpy scalars are accepted.
 
     Raises:
-        UserError: the file is missing, damaged or holds anything else.
+        UserError: the file is missing, damaged, of another kind, or would have to run code to be read.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found; train first, or name the weights with --model_file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with ExitStack() as stack:
+            stack.enter_context(torch.serialization.safe_globals(_numpy_scalars()))
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises pickle, zip, runtime and end-of-file errors here
+        foreign = re.search(r"GLOBAL (\S+)", str(e))
+        if foreign and "weights_only" in str(e):
+            raise UserError(
+                f"{path} holds a {foreign[1]} object, and reading that would run code of the file's choice; save the"
+                " weights alone, torch.save(network.state_dict(), ..), where they come from."
+            ) from e
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise UserError(f"{path} is not a readable weights file ({reason}); copy or train it again.") from e
     if not isinstance(content, Mapping):
@@ -38,156 +69,137 @@ def load(path: str | Path) -> dict:
     return dict(content)
 
 
-def describe(state: Mapping[str, torch.Tensor]) -> str:
-    """In words what network a state dict belongs to, e.g. "MedNeXt S, kernel 3, 1 channel, 3 classes"."""
+def _numpy_scalars() -> list:
+    """What nnU-Net v1 writes beside the weights: the numpy scalars of its loss curves."""
     try:
-        blocks = tuple(
-            len({k.split(".")[1] for k in state if k.startswith(f"{stage}.")})
-            for stage in [
-                *(f"enc_block_{i}" for i in range(4)),
-                "bottleneck",
-                *(f"dec_block_{i}" for i in (3, 2, 1, 0)),
-            ]
-        )
-        hidden, width = state["enc_block_0.0.conv2.weight"].shape[:2]
-        bottleneck = state["bottleneck.0.conv2.weight"].shape[0] // state["bottleneck.0.conv2.weight"].shape[1]
-        names = [
-            name
-            for name, size in SIZES.items()
-            if size.block_counts == blocks and size.exp_r[0] == hidden // width and size.exp_r[4] == bottleneck
-        ]
-        channels, classes = state["stem.weight"].shape[1], state["out_0.conv_out.weight"].shape[1]
-        kernel = state["enc_block_0.0.conv1.weight"].shape[-1]
-    except (KeyError, IndexError):
-        return "another network than MedNeXt"
-    size = names[0] if names else "of a size of its own"
-    return f"MedNeXt {size}, kernel {kernel}, {channels} channel(s), {classes} classes"
+        import numpy as np
+    except ImportError:  # the network needs torch alone; such a file is then refused
+        return []
+    scalar = np.float64(0).__reduce__()[0]
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "bool")]
+    return [*names, np.dtype, *kinds]
 
 
-def check(path: str | Path, network: nn.Module) -> None:
-    """Raises UserError unless `path` holds exactly the weights that `network` has."""
-    compare(load(path), network, path)
-
-
-def compare(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:
-    """Raises UserError unless `state` has the keys and shapes of `network`; `source` names it in the message."""
-    wanted = network.state_dict()
-    different = sorted(set(wanted) ^ set(state)) or [k for k in wanted if wanted[k].shape != state[k].shape]
-    if different:
-        raise UserError(
-            f"{source} holds {describe(state)}, but the settings ask for {describe(wanted)}"
-            f" ({len(different)} parameters differ, the first is {different[0]});"
-            " give the matching --size, --kernel_size and data, or other weights."
-        )
-
-
-class TrainingRun:
-    """What a training run keeps: the best weights, and all it takes to go on after an interruption.
-
-    In `folder`: `model.pt` (plain state dict of the best validation score) with `model.json` beside it, and
-    `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run
-    first sets aside what an earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or
-    not at all.
-
-    Args:
-        folder: where to keep things.
-        network: the network, not wrapped for distribution.
-        optimizer: its optimizer.
-        lr_scheduler: its learning rate schedule.
-        evaluator: engine whose key metric decides what is best (higher is better).
-        settings: the control panel's values that belong to the weights.
-        resume: go on from `training/checkpoint.pt`.
-
-    Raises:
-        UserError: `resume` without a checkpoint, or with one of another network.
-    """
-
-    def __init__(
-        self, folder, network, optimizer, lr_scheduler, evaluator, settings: dict, resume: bool = False
-    ) -> None:
-        self.folder = Path(folder)
-        self.network, self.optimizer, self.lr_scheduler, self.evaluator = network, optimizer, lr_scheduler, evaluator
-        self.settings, self.resume = settings, resume
-        self.weights = self.folder / "model.pt"
-        self.checkpoint = self.folder / "training" / "checkpoint.pt"
-        self.writes = not dist.is_initialized() or dist.get_rank() == 0
-        self.best_metric, self.best_epoch = float("-inf"), 0
-        self.state = None
-        if resume:
-            if not self.checkpoint.is_file():
-                raise UserError(f"{self.checkpoint} not found; nothing to resume: start without --resume.")
-            self.state = load(self.checkpoint)
-            compare(self.state["model"], network, self.checkpoint)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.start)
-        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.keep_best)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-
-    def start(self, engine: Engine) -> None:
-        if self.state is not None:
-            self._restore(engine)
-        elif self.writes:
-            self._set_aside()
-
-    def _restore(self, engine: Engine) -> None:
-        state, self.state = self.state, None
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        total = getattr(self.lr_scheduler, "total_iters", None)
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if total is not None and total != self.lr_scheduler.total_iters:  # more or fewer epochs than planned at first
-            self.lr_scheduler.total_iters = total
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler._get_closed_form_lr(), strict=True):
-                group["lr"] = rate
-        if engine.scaler is not None and state["scaler"]:
-            engine.scaler.load_state_dict(state["scaler"])
-        self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
-        engine.state.epoch = state["epoch"]
-        engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        logger.info("resuming after epoch %d of %d", state["epoch"], engine.state.max_epochs)
-
-    def _set_aside(self) -> None:
-        stamp = next((time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.weights) if p.exists()), None)
-        if stamp is None:
-            return
-        kept = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S", stamp)
-        kept.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint.parent.exists() and not (kept / "training").exists():
-            self.checkpoint.parent.rename(kept / "training")
-        for file in (self.weights, model_settings.settings_file(self.weights)):
-            if file.exists():  # copied, since it stays in use until better weights replace it
-                shutil.copy2(file, kept / file.name)
-        logger.info("the earlier training in %s is kept in %s", self.folder, kept)
-
-    def save(self, engine: Engine) -> None:
-        if not self.writes:
-            return
-        state = {
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": engine.scaler.state_dict() if engine.scaler is not None else {},
-            "epoch": engine.state.epoch,
-            "best_metric": self.best_metric,
-            "best_epoch": self.best_epoch,
-        }
-        _save(state, self.checkpoint)
-
-    def keep_best(self, evaluator: Engine) -> None:
-        metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
-        if not metric > self.best_metric and self.best_epoch:
-            return
-        self.best_metric = metric if metric == metric else float("-inf")  # nan: no validation case has foreground
-        self.best_epoch = evaluator.state.epoch
-        if self.writes:
-            _save(self.network.state_dict(), self.weights)
-            name = evaluator.state.key_metric_name
-            model_settings.write(self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)})
-
-
-def _save(content: dict, path: Path) -> None:
+def save(content: dict, path: str | Path) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     torch.save(content, partial)
     partial.replace(path)
+
+
+def read(path: str | Path) -> Weights:
+    """The weights in a file, with our names.
+
+    Raises:
+        UserError: as `load` and `translate`.
+    """
+    content = load(path)
+    inside = next((c for c in CONTAINERS if isinstance(content.get(c), Mapping)), None)
+    return Weights(*translate(content[inside] if inside else content, path), content)
+
+
+def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> tuple[State, str]:
+    """Any MedNeXt's state dict with our names, and whose names it had.
+
+    Prefixes that wrappers put before every name, whatever they are, and the original's `dummy_tensor` go.
+
+    Raises:
+        UserError: no or several MedNeXts in it, or something that is no tensor.
+    """
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    stems = [key for key in state if key == "stem.weight" or key.endswith(".stem.weight")]
+    if len(stems) != 1:
+        found = f"{len(stems)} networks ({', '.join(stems)})" if stems else "no MedNeXt"
+        keys = "" if stems else f": its first names are {', '.join(map(str, list(state)[:3])) or 'none'}"
+        raise UserError(f"{source} holds {found}{keys}; expected the state dict of one MedNeXt.")
+    prefix = stems[0].removesuffix("stem.weight")
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if others := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise UserError(f"{source} holds {', '.join(others)} among its weights; expected tensors alone.")
+    if "dummy_tensor" in state:
+        return {key: value for key, value in state.items() if key != "dummy_tensor"}, "mic-dkfz"
+    if any(key.startswith("enc_stages.") for key in state):
+        modules = {theirs: ours for ours, theirs in MONAI_MODULES.items()}
+        parameters = {theirs: ours for ours, theirs in MONAI_PARAMETERS.items()}
+        return {_renamed(key, modules, parameters): value for key, value in state.items()}, "monai"
+    return state, "mednext"
+
+
+def to_mic_dkfz(state: State) -> dict:
+    """A file that the original loads strictly, to predict or to train on: nnU-Net v1's dictionary, its curves empty."""
+    return {
+        "epoch": 0,
+        "state_dict": {**state, "dummy_tensor": torch.ones(1)},
+        "optimizer_state_dict": None,
+        "lr_scheduler_state_dict": None,
+        "plot_stuff": ([], [], [], []),
+        "best_stuff": (None, None, None),
+    }
+
+
+def to_monai(state: State) -> dict:
+    """A state dict that monai.networks.nets.MedNeXt loads strictly."""
+    return {_renamed(key, MONAI_MODULES, MONAI_PARAMETERS): value for key, value in state.items()}
+
+
+def _renamed(key: str, modules: Mapping[str, str], parameters: Mapping[str, str]) -> str:
+    module = next((name for name in modules if key.startswith(f"{name}.")), None)
+    if module is not None:
+        key = modules[module] + key.removeprefix(module)
+    start, _, last = key.rpartition(".")
+    return f"{start}.{parameters[last]}" if last in parameters else key
+
+
+def check(path: str | Path, network: nn.Module) -> None:
+    """Raises UserError unless `path` holds exactly the weights that `network` has, by these names."""
+    content = load(path)
+    if any(isinstance(content.get(c), Mapping) for c in CONTAINERS) or translate(content, path)[1] != "mednext":
+        raise UserError(
+            f"{path} is not a plain state dict of this bundle; convert it first:"
+            f" python -m scripts.convert --source {path} --target models/NAME.pt"
+        )
+    compare(content, network, path)
+
+
+def compare(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:
+    """Raises UserError unless `state` has the names and shapes of `network`; `source` names it in the message."""
+    found, wanted = shapes(state), shapes(network.state_dict())
+    if different := differences(found, wanted):
+        raise mismatch(source, found, wanted, different)
+
+
+def mismatch(source: str | Path, found: Shapes, wanted: Shapes, different: str) -> UserError:
+    """The error for weights of another network than the settings ask for."""
+    return UserError(
+        f"{source} holds {describe(found)}, but the settings ask for {describe(wanted)}."
+        f" {explain(found, wanted)}Tensors {different}."
+        " Give the matching --size, --kernel_size and data, or other weights."
+    )
+
+
+def differences(found: Shapes, wanted: Shapes) -> str:
+    """Every name without a partner on the other side, whole modules as `module.*`, and the first of other shapes."""
+    others = [
+        f"{k} ({list(found[k])} instead of {list(wanted[k])})" for k in found if k in wanted and found[k] != wanted[k]
+    ]
+    parts = {
+        "that only the file has": _named([k for k in found if k not in wanted], found),
+        "that the file lacks": _named([k for k in wanted if k not in found], wanted),
+        "of another shape": others[:6] + [f"and {len(others) - 6} more"] * (len(others) > 6),
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+
+
+def _named(keys: list[str], among: Iterable[str]) -> list[str]:
+    def module(key: str) -> str:
+        return key.rpartition(".")[0].rpartition(".")[0] or key.rpartition(".")[0]
+
+    names = []
+    for name, group in groupby(sorted(keys, key=module), key=module):
+        members = list(group)
+        whole = len(members) > 1 and len(members) == sum(module(key) == name for key in among)
+        names += [f"{name}.* ({len(members)})"] if whole else members
+    return names

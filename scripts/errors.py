@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
 
 
@@ -22,6 +23,14 @@ def first_cause(error: BaseException) -> BaseException:
     while not isinstance(error, UserError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
     return error
+
+
+def command(function: Callable) -> None:
+    """Runs `function` with the command line's arguments (fire); a UserError is printed alone and the exit code is 1."""
+    import fire
+
+    sys.excepthook = _print_user_error
+    fire.Fire(function)
 
 
 def _print_user_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock
+from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock, exporting
 
 LEVELS = 4  # moves down, hence the multiple of 2**4 voxels
 KERNEL_SIZES = (3, 5, 7)
@@ -183,7 +183,7 @@ class MedNeXt(nn.Module):
                 " or the coarsest level is one voxel, which its norm would set to zero. Pad it or use larger patches."
             )
         missing = [-n % step for n in size]
-        if max(missing) > 0:
+        if exporting() or max(missing) > 0:  # an exported graph has no branches: it always pads
             pad: list[int] = []
             for m in missing:  # F.pad counts axes from the last one
                 pad = [0, m] + pad  # noqa: RUF005 (scripted)

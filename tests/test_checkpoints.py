@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from scripts import settings
-from scripts.checkpoints import TrainingRun, check, describe, load
+from scripts.architecture import describe
+from scripts.checkpoints import check, load
 from scripts.errors import UserError
 from scripts.mednext import SIZES, create_mednext_v1
+from scripts.runs import TrainingRun
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,32 +1,24 @@
-"""The network: size, names of the weights, numbers against MONAI's implementation, shapes, refusals."""
+"""The network: size, names of the weights, numbers against the original and MONAI, shapes, refusals."""
 
 import re
 
 import pytest
 import torch
-from monai.networks.blocks.mednext_block import MedNeXtDownBlock as MonaiDownBlock
 from monai.networks.nets.mednext import MedNeXt as MonaiMedNeXt
-from monai.networks.nets.mednext import create_mednext
+from monai.networks.nets.mednext import create_mednext as monai_mednext
 
-from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
-from scripts.mednext import SIZES, MedNeXt, create_mednext_v1
+from scripts.blocks import MedNeXtBlock
+from scripts.checkpoints import to_monai
+from scripts.mednext import LAYOUTS, SIZES, MedNeXt, create_mednext, create_mednext_v1, create_mednext_v2
 
 # What two orders of summation in float64 may differ by, at gradients up to 1e3: measured, 2e-11 at most. The absolute
 # part is for conv1.bias: the norm after it takes the mean away, so its gradient is zero, and the computed one rounding.
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def monai_key(key: str) -> str:
-    if (found := re.fullmatch(r"(enc_block|down|up|dec_block|out)_(\d)(.*)", key)) and not key.startswith("out_0"):
-        name = {"enc_block": "enc_stages", "dec_block": "dec_stages"}.get(found[1], f"{found[1]}_blocks")
-        first = {"up": 3, "dec_block": 3, "out": 4}.get(found[1], 0)  # which of ours is their number 0
-        key = f"{name}.{abs(first - int(found[2]))}{found[3]}"
-    return key.replace("grn_", "global_resp_")
-
-
 def meta_net(size: str, **options) -> MedNeXt:
     with torch.device("meta"):
-        return create_mednext_v1(1, 3, size, **options)
+        return create_mednext(1, 3, size, **options)
 
 
 def small_net(**options) -> MedNeXt:
@@ -63,11 +55,11 @@ def results(net: torch.nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], 
 
 
 def assert_same_as_monai(net: MedNeXt, twin: torch.nn.Module, *shape: int) -> None:
-    twin.double().load_state_dict({monai_key(key): value for key, value in net.state_dict().items()}, strict=True)
+    twin.double().load_state_dict(to_monai(net.state_dict()), strict=True)
     outputs, gradients = results(net, image(*shape))
     expected, expected_gradients = results(twin, image(*shape))
     torch.testing.assert_close(outputs, expected, **ROUNDING)
-    torch.testing.assert_close({monai_key(key): g for key, g in gradients.items()}, expected_gradients, **ROUNDING)
+    torch.testing.assert_close(to_monai(gradients), expected_gradients, **ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -99,28 +91,70 @@ def test_deep_supervision_adds_2892_parameters_at_three_classes():
 def test_size_s_equals_monai_in_outputs_and_gradients(dim, kernel_size, shape):
     torch.manual_seed(0)
     net = perturbed(create_mednext_v1(1, 3, "S", kernel_size, deep_supervision=True, dim=dim))
-    twin = create_mednext("S", int(dim[0]), 1, 3, kernel_size=kernel_size, deep_supervision=True)
+    twin = monai_mednext("S", int(dim[0]), 1, 3, kernel_size=kernel_size, deep_supervision=True)
     assert_same_as_monai(net, twin, *shape)
 
 
-@pytest.mark.parametrize("grn", [False, True], ids=["as in the paper", "GRN, of which MONAI's down blocks have none"])
-def test_size_b_equals_monai_once_its_down_blocks_are_rebuilt(grn):
+@pytest.mark.parametrize("grn", [False, True], ids=["plain", "GRN, of which MONAI's down blocks have none"])
+def test_the_monai_layout_equals_monai_where_ratios_change_between_stages(grn):
     ratios = SIZES["B"].exp_r
-    net = small_net(exp_r=ratios, grn=grn, deep_supervision=True)
+    net = small_net(exp_r=ratios, grn=grn, deep_supervision=True, layout="monai")
     twin = MonaiMedNeXt(3, 4, 1, 3, ratios[:4], ratios[5:], ratios[4], 3, True, True, [1] * 4, 1, [1] * 4, "group", grn)
-    for i in range(4):
-        widths = (4 * 2**i, 8 * 2**i)
-        twin.down_blocks[i] = MonaiDownBlock(*widths, ratios[i + 1], 3, True, global_resp_norm=grn and i > 0)
     assert_same_as_monai(net, twin, 2, 1, 32, 16, 48)
 
 
-def test_monai_b_differs_in_six_tensors_of_the_first_two_down_blocks():
-    ours = {monai_key(key): value.shape for key, value in meta_net("B", deep_supervision=True).state_dict().items()}
+@pytest.mark.parametrize("size", ["B", "M", "L"])
+def test_monai_sizes_have_monais_tensors_and_the_papers_differ_in_the_first_two_down_blocks(size):
     with torch.device("meta"):
-        theirs = {k: v.shape for k, v in create_mednext("B", 3, 1, 3, deep_supervision=True).state_dict().items()}
-    assert ours.keys() == theirs.keys()
+        twin = monai_mednext(size, 3, 1, 3, deep_supervision=True)
+    theirs = {key: value.shape for key, value in twin.state_dict().items()}
+    ours, papers = (
+        {key: value.shape for key, value in to_monai(meta_net(name, deep_supervision=True).state_dict()).items()}
+        for name in (f"monai-{size}", size)
+    )
+    assert ours == theirs
     tensors = ("conv2.weight", "conv2.bias", "conv3.weight")
-    assert {k for k in ours if ours[k] != theirs[k]} == {f"down_blocks.{i}.{name}" for i in (0, 1) for name in tensors}
+    changes = [i for i in range(4) if SIZES[size].exp_r[i] != SIZES[size].exp_r[i + 1]]
+    different = {f"down_blocks.{i}.{name}" for i in changes for name in tensors}
+    assert {key for key in papers if papers[key] != theirs[key]} == different
+    assert len(different) == 6
+
+
+# Mean squares of the five outputs and the norm of all gradients (conv1.bias aside, which are zero but for rounding) of
+# sum(mean squares), computed once by MIC-DKFZ/MedNeXt 0b78ed8 in float64 on the weights and images below.
+GOLDEN = [
+    ({}, (1, 1, 32, 16, 16),
+     [0.195944614621, 12.3096711828, 23.5771042881, 21.4326777674, 5.26366532557, 849.744129654]),
+    ({"kernel_size": 5, "grn": True}, (1, 1, 16, 32, 16),
+     [0.316265299714, 3.27942543582, 26.9803978311, 285.525936453, 228.371354883, 5070.03624349]),
+    ({"kernel_size": None, "enc_kernel_size": 3, "dec_kernel_size": 5}, (1, 1, 16, 16, 32),
+     [0.165542113016, 8.21462044609, 20.9105511494, 16.4157818689, 6.52163492616, 578.830539055]),
+    ({"norm_type": "layer"}, (1, 1, 32, 16, 16),
+     [0.178873971734, 9.64360343658, 35.6462364158, 17.3740136933, 10.0651211614, 990.338579042]),
+    ({"dim": "2d", "grn": True}, (2, 1, 32, 48),
+     [1.03316680116, 11.2588647836, 181.993649087, 422.613380903, 252.884826476, 7980.0093535]),
+    ({"do_res": False, "do_res_up_down": False}, (1, 1, 32, 16, 16),
+     [0.0173871775669, 0.0740801809271, 0.761087918043, 0.546610431538, 7.62025282714, 491.181440955]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "expected"),
+    GOLDEN,
+    ids=["as published", "kernel 5, GRN", "kernels 3 and 5", "layer norm", "2D, GRN", "no residuals"],
+)
+def test_outputs_and_gradients_are_those_of_the_original(options, shape, expected):
+    b = {"exp_r": SIZES["B"].exp_r, "block_counts": [1] * 9, "kernel_size": 3, "do_res": True, "do_res_up_down": True}
+    net = MedNeXt(1, 2, 3, deep_supervision=True, **{**b, **options}).double()
+    for n, (name, parameter) in enumerate(sorted(net.named_parameters())):
+        wave = 0.4 * torch.cos(0.7 * torch.arange(parameter.numel(), dtype=torch.float64) + n)
+        parameter.data = (wave + name.endswith("norm.weight")).reshape(parameter.shape)
+    x = torch.sin(0.37 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) ** 1.1).reshape(shape)
+    squares = [y.square().mean() for y in net(x)]
+    sum(squares).backward()
+    gradients = [p.grad.flatten() for name, p in net.named_parameters() if not name.endswith("conv1.bias")]
+    found = [*(v.item() for v in squares), torch.cat(gradients).norm().item()]
+    assert found == pytest.approx(expected, rel=1e-11)  # twelve digits are written down
 
 
 @pytest.mark.parametrize("grn", [False, True], ids=["plain", "grn, two tensors more in a block"])
@@ -169,15 +203,49 @@ def test_a_single_voxel_at_the_coarsest_level_is_refused(size):
         small_net(dim=f"{len(size)}d")(image(1, 1, *size))
 
 
-def test_checkpointing_runs_each_block_twice_and_changes_nothing():
-    found, calls = {}, []
-    for style in (None, "outside_block"):
-        net = small_net(checkpoint_style=style, deep_supervision=True, grn=True)
-        for block in blocks(net).values():
-            block.conv1.register_forward_hook(lambda *_, style=style: calls.append(style))
-        found[style] = results(net, image(2, 1, 32, 16, 16))
-    assert (calls.count(None), calls.count("outside_block")) == (17, 34)
-    torch.testing.assert_close(found["outside_block"], found[None], **ROUNDING)
+@pytest.mark.parametrize(
+    ("style", "whole", "wide"),  # the resolutions at which blocks, or only their wide layers, run twice
+    [
+        ("block", {0, 1, 2, 3, 4}, set()),
+        ("outside_block", {0, 1, 2, 3, 4}, set()),  # the original's name
+        ("expansion", set(), {0, 1, 2, 3, 4}),
+        (("block", "expansion", None, None, "expansion"), {0}, {1, 4}),
+    ],
+    ids=["blocks", "the original's name", "wide layers", "a mixture"],
+)
+def test_recomputing_is_where_it_is_asked_for_and_changes_nothing(style, whole, wide):
+    runs, plain = {}, small_net(deep_supervision=True, grn=True)
+    net = small_net(deep_supervision=True, grn=True, checkpoint_style=style)
+    for name, block in blocks(net).items():
+        for part in ("conv1", "conv2"):  # torch stops before conv3, whose output nobody keeps
+            getattr(block, part).register_forward_hook(lambda *_, key=(name, part): runs.update({key: runs[key] + 1}))
+            runs[name, part] = 0
+    found = results(net, image(2, 1, 32, 16, 16))
+    torch.testing.assert_close(found, results(plain, image(2, 1, 32, 16, 16)), **ROUNDING)
+    for (name, part), times in runs.items():
+        number = re.search(r"_(\d)", name)
+        level = 4 if number is None else int(number[1]) + name.startswith("down")
+        twice = level in whole or (level in wide and part != "conv1")
+        assert times == 1 + twice, (name, part)
+    before = dict(runs)
+    with torch.no_grad():
+        net(image(2, 1, 32, 16, 16))
+    assert all(runs[key] == before[key] + 1 for key in runs)  # nothing to recompute without gradients
+
+
+@pytest.mark.parametrize(("model_id", "count_"), [("B", 61_969_507), ("W", 246_536_387)])  # as reported publicly
+def test_v2_has_the_reported_size_and_grn_in_every_block(model_id, count_):
+    with torch.device("meta"):
+        net = create_mednext_v2(model_id, 1, 3)
+    assert count(net) == count_
+    assert all(block.grn_gamma is not None and block.grn_over_sum for block in blocks(net).values())
+
+
+def test_layouts_have_grn_in_the_down_blocks_they_say():
+    for layout, expected in {"paper": [1, 2, 3], "v2": [0, 1, 2, 3], "monai": []}.items():
+        net = small_net(grn=True, layout=layout)
+        assert [i for i in range(4) if net.get_submodule(f"down_{i}").grn_gamma is not None] == expected
+    assert LAYOUTS.keys() == {"paper", "v2", "monai"}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +259,9 @@ def test_checkpointing_runs_each_block_twice_and_changes_nothing():
         ({"dim": "4d"}, "dim is '4d'"),
         ({"norm_type": "batch"}, "norm_type is 'batch'"),
         ({"checkpoint_style": "inside_block"}, "checkpoint_style is 'inside_block'"),  # the original names it too
+        ({"checkpoint_style": ["block"] * 4}, "expected None, .* or 5 of these"),  # one a resolution
+        ({"layout": "MONAI"}, "layout is 'MONAI', expected one of paper, v2, monai"),
+        ({"grn": "max"}, "grn is 'max'"),
     ],
 )
 def test_an_option_out_of_range_is_named(options, message):
@@ -204,35 +275,13 @@ def test_an_unknown_size_or_kernel_is_named_with_its_alternatives(size, kernel_s
         create_mednext_v1(1, 3, size, kernel_size)
 
 
-@pytest.mark.parametrize("norm_type", ["group", "layer"])  # a module of torch, a module of ours
-@pytest.mark.parametrize("space", [(8, 6), (8, 6, 4)], ids=["2d", "3d"])
-def test_each_block_works_alone(space, norm_type):
-    options = {"exp_r": 2, "kernel_size": 3, "do_res": True, "norm_type": norm_type, "dim": f"{len(space)}d"}
-    x = torch.randn(2, 4, *space)
-    assert MedNeXtBlock(4, 4, **options)(x).shape == (2, 4, *space)
-    assert MedNeXtDownBlock(4, 8, **options)(x).shape == (2, 8, *(n // 2 for n in space))
-    up = MedNeXtUpBlock(4, 2, **options)(x)
-    assert up.shape == (2, 2, *(2 * n for n in space))
-    for axis in range(2, up.dim()):  # the plane that completes 2n is zero and on the low side
-        assert not up.select(axis, 0).any()
-        assert up.select(axis, -1).any()
-
-
-@pytest.mark.parametrize("space", [(5, 7), (5, 7, 3)], ids=["2d, where the original mixes axes up", "3d"])
-def test_layer_norm_is_over_the_channels_of_each_voxel(space):
-    norm = MedNeXtBlock(6, 6, kernel_size=3, norm_type="layer", dim=f"{len(space)}d").double().norm
-    x = 3 * image(2, 6, *space) + 1
-    mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
-    torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt(), **ROUNDING)
-    torch.testing.assert_close(norm(x).mean(1), torch.zeros_like(x[:, 0]), **ROUNDING)
-
-
-@pytest.mark.parametrize("branches", [False, True], ids=["as deployed", "with the branches of training"])
-def test_a_scripted_network_computes_the_same(branches):
-    options = {"deep_supervision": True, "grn": True, "checkpoint_style": "outside_block"} if branches else {}
-    net, x = perturbed(create_mednext_v1(1, 3, "S", **options)).eval(), image(1, 1, 9, 14, 30)  # to be padded
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.script(net)(x), net(x), **ROUNDING)
+def test_each_factory_knows_its_own_sizes():
+    with pytest.raises(ValueError, match="is 'v2-B', expected one of S, B, M, L"):
+        create_mednext_v1(1, 3, "v2-B")
+    with pytest.raises(ValueError, match="is 'L', expected B or W"):
+        create_mednext_v2("L", 1, 3)
+    with pytest.raises(ValueError, match="is 'XL', expected one of S, B, M, L, v2-B"):
+        create_mednext(1, 3, "XL")
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the layout is oneDNN's")
@@ -248,13 +297,6 @@ def test_activations_on_a_cpu_are_channels_last(norm_type):
     finally:
         torch.set_num_threads(threads)
     assert last == [True] * 17
-
-
-def test_the_norm_of_a_large_patch_is_exact_to_float32_in_channels_last():
-    norm = MedNeXtBlock(4, 4, kernel_size=3).norm
-    x = torch.randn(1, 4, 64, 64, 64, generator=torch.Generator().manual_seed(1)) + 3  # a mean, as images have
-    y = norm(x.contiguous(memory_format=torch.channels_last_3d))
-    torch.testing.assert_close(y, norm.double()(x.double()).float())  # torch's own tolerance for float32
 
 
 def test_the_factory_passes_options_on_and_refuses_contradictions():
