@@ -45,7 +45,7 @@ class ChannelNorm(nn.GroupNorm):
     """GroupNorm with one group a channel, (N, C, *space): `norm_type="group"` of the original.
 
     On a CPU, torch 2.13 adds up channels-last tensors naively here: the error reaches 1e-3 at 96^3 voxels. There
-    mean and variance come from `torch.var_mean`, which is exact to float32 (tests/test_blocks.py). ONNX Runtime 1.31
+    mean and variance come from `torch.var_mean`, which is exact to float32 (tests/test_blocks.py). ONNX Runtime 1.23
     adds up naively in every operator, which shows where an image is padded or air; an exported graph sums axis by axis.
     """
 

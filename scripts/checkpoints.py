@@ -194,8 +194,8 @@ def differences(found: Shapes, wanted: Shapes) -> str:
 
 
 def _named(keys: list[str], among: Iterable[str]) -> list[str]:
-    def module(key: str) -> str:
-        return key.rpartition(".")[0].rpartition(".")[0] or key.rpartition(".")[0]
+    def module(key: str) -> str:  # down_0.conv1.weight -> down_0, bottleneck.1.grn_beta -> bottleneck.1
+        return re.match(r"[^.]*(\.\d+(?=\.))?", key)[0]
 
     names = []
     for name, group in groupby(sorted(keys, key=module), key=module):

@@ -1,30 +1,118 @@
-"""Weights are recognised, refused where they do not fit, and a run's files are kept."""
+"""Weights are recognised by whoever wrote them, and refused whole, with the reason, where they do not fit."""
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from monai.networks.nets.mednext import create_mednext as monai_mednext
 
-from scripts import settings
-from scripts.architecture import describe
-from scripts.checkpoints import check, load
+from scripts.checkpoints import check, compare, load, read, to_mic_dkfz, to_monai, translate
 from scripts.errors import UserError
-from scripts.mednext import SIZES, create_mednext_v1
-from scripts.runs import TrainingRun
+from scripts.mednext import MedNeXt, create_mednext, create_mednext_v1
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_state_dict_says_what_network_it_is_of(size):
+def small(**options) -> MedNeXt:
+    torch.manual_seed(0)
+    return MedNeXt(1, 2, 3, exp_r=2, kernel_size=3, do_res=True, do_res_up_down=True, deep_supervision=True, **options)
+
+
+def nnunet_v1(state: dict, prefix: str = "") -> dict:
+    """What nnU-Net v1's trainer saves after an epoch, with the types it has there."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    losses = [np.float64(0.5), np.float32(0.25)]
+    return {
+        "epoch": 1000,
+        "state_dict": {f"{prefix}{k}": v for k, v in {**state, "dummy_tensor": torch.ones(1)}.items()},
+        "optimizer_state_dict": optimizer.state_dict(),
+        "lr_scheduler_state_dict": None,
+        "plot_stuff": (losses, losses, [], [np.float64(0.8)]),
+        "best_stuff": (np.int64(3), np.float64(-0.5), np.float64(0.8)),
+        "amp_grad_scaler": torch.amp.GradScaler("cpu").state_dict(),
+    }
+
+
+def assert_same(state: dict, expected: dict) -> None:
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+WAYS = {
+    "bare": (lambda state: state, "mednext"),
+    "nnU-Net v1": (nnunet_v1, "mic-dkfz"),
+    "nnU-Net v1, distributed": (lambda state: nnunet_v1(state, "module."), "mic-dkfz"),
+    "bare original": (lambda state: {**state, "dummy_tensor": torch.ones(1)}, "mic-dkfz"),
+    "compiled": (lambda state: {f"_orig_mod.{k}": v for k, v in state.items()}, "mednext"),
+    "distributed and compiled": (lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, "mednext"),
+    "stages compiled": (
+        lambda state: {k.replace("enc_block_1.", "enc_block_1._orig_mod."): v for k, v in state.items()},
+        "mednext",
+    ),
+    "Lightning": (lambda s: {"state_dict": {f"net.model.{k}": v for k, v in s.items()}, "epoch": 3}, "mednext"),
+    "nnU-Net v2": (lambda state: {"network_weights": state, "current_epoch": 3}, "mednext"),
+    "a training checkpoint of this bundle": (lambda state: {"model": state, "best_metric": 0.5}, "mednext"),
+    "MONAI": (to_monai, "monai"),
+    "MONAI's CheckpointSaver": (lambda state: {"model": to_monai(state)}, "monai"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "expected"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("options", [{}, {"grn": True, "dim": "2d"}], ids=["3D", "2D with GRN"])
+def test_weights_are_found_however_they_are_wrapped(wrap, expected, options, tmp_path):
+    state = small(**options).state_dict()
+    torch.save(wrap(state), tmp_path / "weights.model")
+    weights = read(tmp_path / "weights.model")
+    assert_same(weights.state, state)
+    assert weights.format == expected
+
+
+def test_files_written_with_numpy_1_are_read(tmp_path):
+    torch.save(nnunet_v1(small().state_dict()), tmp_path / "new.model")
+    with zipfile.ZipFile(tmp_path / "new.model") as new, zipfile.ZipFile(tmp_path / "old.model", "w") as old:
+        for entry in new.infolist():
+            content = new.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(entry, content)
+    assert read(tmp_path / "old.model").content["best_stuff"] == (3, -0.5, 0.8)
+
+
+def test_the_original_gets_its_dummy_tensor_and_its_dictionary():
+    state = small().state_dict()
+    made = to_mic_dkfz(state)
+    assert list(made) == [
+        "epoch", "state_dict", "optimizer_state_dict", "lr_scheduler_state_dict", "plot_stuff", "best_stuff"
+    ]  # fmt: skip
+    assert torch.equal(made["state_dict"].pop("dummy_tensor"), torch.tensor([1.0]))
+    assert_same(made["state_dict"], state)
+
+
+@pytest.mark.parametrize(("size", "ours"), [("S", "S"), ("B", "monai-B")])
+def test_monai_s_and_b_give_the_same_outputs_and_go_back(size, ours):
+    torch.manual_seed(0)
+    twin = monai_mednext(size, 3, 1, 3, kernel_size=3, deep_supervision=True).double()
+    network = create_mednext(1, 3, ours, deep_supervision=True).double()
+    state, form = translate(twin.state_dict(), "weights")
+    assert form == "monai"
+    network.load_state_dict(state, strict=True)
+    x = torch.randn(1, 1, 32, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(network(x), list(twin(x)), rtol=1e-9, atol=1e-9)
+    assert_same(to_monai(network.state_dict()), twin.state_dict())
+
+
+@pytest.mark.parametrize("size", ["B", "M", "L"])
+def test_monai_b_m_and_l_are_refused_by_the_papers_network_with_the_reason(size):
     with torch.device("meta"):
-        network = create_mednext_v1(2, 5, size, kernel_size=5)
-    assert describe(network.state_dict()) == f"MedNeXt {size}, kernel 5, 2 channel(s), 5 classes"
-
-
-def test_foreign_weights_are_called_foreign():
-    assert describe({"conv.weight": torch.zeros(1)}) == "another network than MedNeXt"
+        state = translate(monai_mednext(size, 3, 1, 3, deep_supervision=True).state_dict(), "monai.pt")[0]
+        paper = create_mednext_v1(1, 3, size, deep_supervision=True)
+    reason = (
+        f"ratio of the stage before them.*Build it with --size monai-{size}.*down_0.conv2.weight .*down_1.conv3.weight"
+    )
+    with pytest.raises(UserError, match=f"holds MedNeXt monai-{size}.*ask for MedNeXt {size}.*{reason}"):
+        compare(state, paper, "monai.pt")
 
 
 @pytest.mark.parametrize(
@@ -43,121 +131,65 @@ def test_weights_of_another_network_are_refused_with_both_sides(arguments, found
         check(tmp_path / "model.pt", create_mednext_v1(1, 3, "S", deep_supervision=True))
 
 
-def test_weights_without_deep_supervision_heads_are_refused(tmp_path):
-    torch.save(create_mednext_v1(1, 3, "S").state_dict(), tmp_path / "model.pt")
-    with pytest.raises(UserError, match="8 parameters differ, the first is out_1.conv_out.bias"):
-        check(tmp_path / "model.pt", create_mednext_v1(1, 3, "S", deep_supervision=True))
+def test_every_name_without_a_partner_is_listed_whole_modules_as_one():
+    network, state = small(), small().state_dict()
+    for key in [key for key in state if key.startswith("out_1.")]:
+        del state[key]  # a whole module
+    del state["down_0.conv1.bias"]  # a part of one
+    state |= {"loss.weight": torch.ones(1), "ema.decay": torch.ones(1), "ema.steps": torch.ones(1)}
+    with pytest.raises(UserError) as error:
+        compare(state, network, "model.pt")
+    assert "that only the file has: ema.* (2), loss.weight; that the file lacks: down_0.conv1.bias, out_1.* (2)" in str(
+        error.value
+    )
 
 
-def test_missing_and_damaged_files_are_named(tmp_path):
+@pytest.mark.parametrize("wrap", ["nnU-Net v1", "MONAI", "a training checkpoint of this bundle"])
+def test_running_on_weights_of_another_form_says_how_to_convert_them(wrap, tmp_path):
+    torch.save(WAYS[wrap][0](small().state_dict()), tmp_path / "other.model")
+    with pytest.raises(UserError, match=r"python -m scripts.convert --source .*other.model --target"):
+        check(tmp_path / "other.model", small())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv.weight": torch.ones(1)}, r"no MedNeXt: its first names are conv.weight"),
+        ({}, "no MedNeXt: its first names are none"),
+        ({f"{n}.stem.weight": torch.ones(1) for n in ("net", "ema")}, "2 networks .net.stem.weight, ema.stem.weight"),
+        ({"stem.weight": torch.ones(1), "epoch": 3}, "holds epoch among its weights"),
+        ([torch.ones(1)], "holds a list; expected a state dict"),
+        (torch.ones(1), "holds a Tensor; expected a state dict"),
+    ],
+    ids=["another network", "nothing", "two networks", "a number among them", "a list", "a tensor"],
+)
+def test_files_without_one_mednext_are_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=f"weights.pt.*{message}"):
+        read(tmp_path / "weights.pt")
+
+
+def test_missing_damaged_and_other_files_are_named(tmp_path):
     with pytest.raises(UserError, match="model.pt not found; train first"):
         load(tmp_path / "model.pt")
-    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(UserError, match="model.pt is not a readable weights file"):
-        load(tmp_path / "model.pt")
+    torch.save(small().state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "truncated.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    (tmp_path / "image.nii").write_bytes(bytes(400))
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "scripted.pt")
+    for name in ("truncated.pt", "image.nii", "empty.pt", "scripted.pt"):
+        with pytest.raises(UserError, match=f"{name} is not a readable weights file"):
+            load(tmp_path / name)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path):
+def test_a_file_that_would_run_code_is_refused_with_the_class_it_wants(tmp_path):
     class Payload:
         def __reduce__(self):
             return (pytest.fail, ("the file ran code",))
 
     torch.save({"weights": Payload()}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="not a readable weights file"):
+    with pytest.raises(UserError, match="holds a _pytest.outcomes.* object, and reading that would run code"):
         load(tmp_path / "model.pt")
-
-
-def test_settings_beside_weights_override_defaults(tmp_path):
-    assert settings.read(tmp_path / "model.pt", size="S") == {"size": "S"}
-    settings.write(tmp_path / "model.pt", {"size": "B", "spacing": [1.0, 1.0, 2.0]})
-    assert settings.read(tmp_path / "model.pt", size="S", kernel_size=3) == {
-        "size": "B", "spacing": [1.0, 1.0, 2.0], "kernel_size": 3
-    }  # fmt: skip
-    (tmp_path / "model.json").write_text("{")
-    with pytest.raises(UserError, match="model.json is not valid JSON"):
-        settings.read(tmp_path / "model.pt")
-
-
-class TestTrainingRun:
-    """The life of a small network's files."""
-
-    def run_of(self, folder, resume=False, epochs=10):
-        network = torch.nn.Linear(2, 1)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1.0)
-        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=epochs, power=0.9)
-        evaluator = SimpleNamespace(state=SimpleNamespace(metrics={}, key_metric_name="dice", epoch=0))
-        trainer = SimpleNamespace(
-            state=SimpleNamespace(epoch=0, iteration=0, epoch_length=5, max_epochs=epochs), scaler=None
-        )
-        return TrainingRun(folder, network, optimizer, scheduler, evaluator, {"size": "S"}, resume), trainer
-
-    def validate(self, run, epoch, dice):
-        run.evaluator.state.epoch, run.evaluator.state.metrics = epoch, {"dice": dice}
-        run.keep_best(run.evaluator)
-
-    def test_only_better_weights_replace_the_best(self, tmp_path):
-        run, _ = self.run_of(tmp_path)
-        for epoch, dice in ((1, 0.5), (2, 0.7), (3, 0.6), (4, float("nan"))):
-            torch.nn.init.constant_(run.network.weight, epoch)
-            self.validate(run, epoch, dice)
-        assert load(tmp_path / "model.pt")["weight"].unique() == 2
-        assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 2, "dice": 0.7}
-
-    def test_weights_are_kept_even_if_no_case_can_be_scored(self, tmp_path):
-        run, _ = self.run_of(tmp_path)
-        self.validate(run, 1, float("nan"))
-        assert (tmp_path / "model.pt").is_file()
-        self.validate(run, 2, 0.1)
-        assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 2
-
-    def test_a_resumed_run_has_everything_back(self, tmp_path):
-        run, trainer = self.run_of(tmp_path)
-        self.validate(run, 1, 0.7)
-        run.network(torch.ones(1, 2)).sum().backward()
-        run.optimizer.step()
-        run.lr_scheduler.step()
-        trainer.state.epoch = 3
-        run.save(trainer)
-
-        again, restarted = self.run_of(tmp_path, resume=True)
-        again.start(restarted)
-        assert torch.equal(again.network.weight, run.network.weight)
-        assert again.optimizer.state_dict()["param_groups"] == run.optimizer.state_dict()["param_groups"]
-        assert torch.equal(
-            again.optimizer.state_dict()["state"][0]["exp_avg"], run.optimizer.state_dict()["state"][0]["exp_avg"]
-        )
-        assert (restarted.state.epoch, restarted.state.iteration) == (3, 15)
-        self.validate(again, 4, 0.6)  # not better than the 0.7 before the interruption
-        assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 1
-
-    def test_resuming_with_more_epochs_stretches_the_schedule(self, tmp_path):
-        run, trainer = self.run_of(tmp_path, epochs=10)
-        for _ in range(5):
-            run.optimizer.step()
-            run.lr_scheduler.step()
-        trainer.state.epoch = 5
-        run.save(trainer)
-        again, restarted = self.run_of(tmp_path, resume=True, epochs=20)
-        again.start(restarted)
-        assert again.optimizer.param_groups[0]["lr"] == pytest.approx((1 - 5 / 20) ** 0.9)
-        again.optimizer.step()
-        again.lr_scheduler.step()
-        assert again.optimizer.param_groups[0]["lr"] == pytest.approx((1 - 6 / 20) ** 0.9)
-
-    def test_a_new_run_keeps_what_an_earlier_one_left(self, tmp_path):
-        run, trainer = self.run_of(tmp_path)
-        self.validate(run, 1, 0.7)
-        run.save(trainer)
-        old = load(tmp_path / "model.pt")["weight"]
-        new, restarted = self.run_of(tmp_path)
-        new.start(restarted)
-        self.validate(new, 1, 0.1)
-        kept = next((tmp_path / "previous").iterdir())
-        assert torch.equal(load(kept / "model.pt")["weight"], old)
-        assert (kept / "model.json").is_file()
-        assert (kept / "training" / "checkpoint.pt").is_file()
-        assert not (tmp_path / "training").exists()
-
-    def test_resuming_from_nothing_is_refused(self, tmp_path):
-        with pytest.raises(UserError, match="checkpoint.pt not found; nothing to resume"):
-            self.run_of(tmp_path, resume=True)
+    torch.save(small(), tmp_path / "module.pt")
+    with pytest.raises(UserError, match=r"holds a scripts.mednext.MedNeXt object.*save the weights alone"):
+        load(tmp_path / "module.pt")
