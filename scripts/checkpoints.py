@@ -50,7 +50,7 @@ def load(path: str | Path) -> dict:
         UserError: the file is missing, damaged, of another kind, or would have to run code to be read.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path} not found; train first, or name the weights with --model_file.")
+        raise UserError(f"{path} not found; train first, or name another weights file.")
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.serialization.safe_globals(_numpy_scalars()))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,12 +27,17 @@ ORIGIN_TOLERANCE = 0.1  # of the smallest spacing
 logger = logging.getLogger("mednext")
 
 
-def check_settings(size: str, kernel_size: int, patch_size: Sequence[int], spacing: Sequence[float]) -> None:
-    """The control panel's own values.
+def check_settings(
+    size: str, kernel_size: int, patch_size: Sequence[int], spacing: Sequence[float], switches: Mapping[str, object]
+) -> None:
+    """The control panel's own values; `switches` are those that are on or off, by name.
 
     Raises:
         UserError: a value that no network or grid can have.
     """
+    for name, value in switches.items():
+        if not isinstance(value, bool):  # the command line reads "false" as a text, which counts as on
+            raise UserError(f"{name} is {value!r}; expected True or False: give --{name} False, with a capital letter.")
     if size not in SIZES:
         raise UserError(f"size is {size!r}; expected one of {', '.join(SIZES)}: give --size S, for example.")
     if kernel_size not in KERNEL_SIZES:

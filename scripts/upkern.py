@@ -68,7 +68,7 @@ def transfer(
     return Report(copied, resized, skipped)
 
 
-def start(network: nn.Module, path: str | Path | None, skip_heads: bool = False) -> None:
+def start_from(network: nn.Module, path: str | Path | None, skip_heads: bool = False) -> None:
     """What the control panel's `upkern_from` does: nothing for None, else starts `network` from that file's weights.
 
     Raises:

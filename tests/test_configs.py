@@ -85,8 +85,8 @@ def test_shared_settings_and_definitions_have_the_same_text():
 @pytest.mark.parametrize("name", ["evaluate", "inference"])
 def test_defaults_for_weights_without_settings_are_those_of_training(name):
     train, trained = read("train"), read(name)["trained"]
-    shared = {"size", "kernel_size", "spacing", "patch_size", "fold"} & set(trained)
-    assert len(shared) >= 4
+    shared = {"size", "kernel_size", "deep_supervision", "spacing", "patch_size", "fold"} & set(trained)
+    assert len(shared) >= 5
     assert {key: trained[key] for key in shared} == {key: train[key] for key in shared}
 
 
@@ -101,6 +101,10 @@ def test_expressions_are_short_and_files_are_self_contained(path):
         assert len(text) <= 80 or not text.startswith("$"), text
         assert not text.startswith("%"), f"{text}: a macro over files depends on the working directory"
         assert "_meta_" not in text, f"{text}: MONAI Label reads inference.json without the metadata"
+
+
+def test_several_processes_begin_as_one_does_once_they_are_connected():
+    assert read("multi_gpu_train")["initialize"] == ["$engines.start_distributed()", *read("train")["initialize"]]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():

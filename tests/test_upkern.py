@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scripts.checkpoints import to_mic_dkfz
 from scripts.errors import UserError
 from scripts.mednext import MedNeXt
-from scripts.upkern import Report, start, transfer, upkern_load_weights
+from scripts.upkern import Report, start_from, transfer, upkern_load_weights
 
 
 def net(seed: int = 0, **options) -> MedNeXt:
@@ -53,7 +53,7 @@ def test_kernels_are_resized_and_all_else_is_copied(small, large):
 
 
 def test_resized_kernels_are_those_of_the_original():
-    """Sums of squares after upkern_load_weights of MIC-DKFZ/MedNeXt 0b78ed8, from 3 to 5 and 5 to 7, on such weights."""
+    """Sums of squares after upkern_load_weights of MIC-DKFZ/MedNeXt 0b78ed8, 3 to 5 and 5 to 7, on such weights."""
     ratios = (2, 3, 4, 4, 4, 4, 4, 3, 2)
     small, middle, large = (net(exp_r=ratios, kernel_size=k) for k in (3, 5, 7))
     for n, (name, parameter) in enumerate(sorted(small.named_parameters())):
@@ -90,9 +90,9 @@ def test_a_new_head_is_left_as_it_is_where_that_is_asked_for(tmp_path):
     with pytest.raises(
         UserError, match=r"3 classes.*7 classes.*out_0.conv_out.weight \(\[2, 3, 1, 1, 1\] instead of \[2, 7"
     ):
-        start(target, tmp_path / "model_best.model")
+        start_from(target, tmp_path / "model_best.model")
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
-    start(target, tmp_path / "model_best.model", skip_heads=True)
+    start_from(target, tmp_path / "model_best.model", skip_heads=True)
     source = net().float().state_dict()
     for key, value in target.state_dict().items():
         assert torch.equal(value, before[key] if key.startswith("out_") else resized(source[key], value)), key
@@ -101,7 +101,7 @@ def test_a_new_head_is_left_as_it_is_where_that_is_asked_for(tmp_path):
 def test_no_file_is_nothing_to_do():
     target = net()
     before = copy(target.state_dict())
-    start(target, None)
+    start_from(target, None)
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 

@@ -73,6 +73,30 @@ class TestTraining:
         assert [e.step for e in events.Scalars("train/loss")] == [1, 2]
         assert events.Images("validation/scan_label_prediction")[0].width > 300
 
+    def test_large_kernels_start_from_small_ones_in_one_command(self, trained, phantom_dir, tmp_path):
+        done = bundle(
+            "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
+            "--output_dir", tmp_path, "--epochs", 1, *TINY,
+            "--kernel_size", 5, "--upkern_from", trained / "model.pt", "--learning_rate", 0,
+        )  # fmt: skip
+        assert "model.pt: 210 tensors copied, 26 resized from kernel 3 to 5\n" in done.stdout
+        small, large = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
+        for key, value in small.items():  # a learning rate of 0 leaves everything as it started
+            if value.shape != large[key].shape:
+                value = torch.nn.functional.interpolate(value, size=(5, 5, 5), mode="trilinear")
+            assert torch.equal(large[key], value), key
+
+    def test_without_deep_supervision_it_trains_and_says_so_to_inference(self, phantom_dir, tmp_path):
+        bundle(
+            "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
+            "--output_dir", tmp_path, "--epochs", 1, *TINY, "--deep_supervision", "False",
+        )  # fmt: skip
+        assert json.loads((tmp_path / "model.json").read_text())["deep_supervision"] is False
+        assert not any(key.startswith("out_1") for key in torch.load(tmp_path / "model.pt", weights_only=True))
+        scan = phantom_dir / "imagesTs" / "phantom_05.nii.gz"
+        bundle(*overlays("inference"), "--dataset_dir", scan, "--ckpt_dir", tmp_path, "--output_dir", tmp_path)
+        assert (tmp_path / "phantom_05_seg.nii.gz").is_file()
+
     def test_a_resumed_run_ends_where_an_uninterrupted_one_does(self, trained, phantom_dir, tmp_path):
         arguments = (
             "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
@@ -80,7 +104,7 @@ class TestTraining:
         )  # fmt: skip
         bundle(*arguments, "--train#trainer#max_epochs", 1)  # stops half way through its schedule
         assert torch.load(tmp_path / "training/checkpoint.pt", weights_only=True)["epoch"] == 1
-        done = bundle(*arguments, "--resume", "true")
+        done = bundle(*arguments, "--resume", "True")
         assert "resuming after epoch 1 of 2" in done.stdout
         assert "epoch 1/2" not in done.stdout
         one, other = (torch.load(f / "training/checkpoint.pt", weights_only=True) for f in (trained, tmp_path))
