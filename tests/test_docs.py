@@ -1,0 +1,38 @@
+"""What the docs show runs, and what they link to is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted((ROOT / "docs/how-to").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_of_a_how_to_runs(page, tmp_path):
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    assert code
+    (tmp_path / "mednext").symlink_to(ROOT / "scripts")  # as pip would install it
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_commands_name_settings_that_exist():
+    text = "\n".join(page.read_text() for page in [ROOT / "README.md", ROOT / "docs/README.md", *PAGES])
+    configs = "\n".join(path.read_text() for path in (ROOT / "configs").rglob("*.json"))
+    for command in re.findall(r"monai\.bundle run .*(?:\\\n.*)*", text):
+        for name in re.findall(r"--(\w+)", command):
+            assert name == "config_file" or f'"{name}"' in configs, f"--{name} in {command}"
