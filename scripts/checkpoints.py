@@ -40,7 +40,6 @@ class Weights(NamedTuple):
 
     state: State
     format: str
-    content: dict  # the whole file
 
 
 def load(path: str | Path) -> dict:
@@ -98,34 +97,36 @@ def read(path: str | Path) -> Weights:
     """
     content = load(path)
     inside = next((c for c in CONTAINERS if isinstance(content.get(c), Mapping)), None)
-    return Weights(*translate(content[inside] if inside else content, path), content)
+    return translate(content[inside] if inside else content, path)
 
 
-def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> tuple[State, str]:
+def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> Weights:
     """Any MedNeXt's state dict with our names, and whose names it had.
 
     Prefixes that wrappers put before every name, whatever they are, and the original's `dummy_tensor` go.
 
     Raises:
-        UserError: no or several MedNeXts in it, or something that is no tensor.
+        UserError: no or several MedNeXts in it, something that is no tensor, or two tensors of one name.
     """
-    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    entries, state = len(state), {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
     stems = [key for key in state if key == "stem.weight" or key.endswith(".stem.weight")]
     if len(stems) != 1:
         found = f"{len(stems)} networks ({', '.join(stems)})" if stems else "no MedNeXt"
-        keys = "" if stems else f": its first names are {', '.join(map(str, list(state)[:3])) or 'none'}"
+        keys = "" if stems else f": its first names are {', '.join(list(state)[:3]) or 'none'}"
         raise UserError(f"{source} holds {found}{keys}; expected the state dict of one MedNeXt.")
     prefix = stems[0].removesuffix("stem.weight")
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     if others := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise UserError(f"{source} holds {', '.join(others)} among its weights; expected tensors alone.")
+    if len(state) != entries:
+        raise UserError(f"{source} holds {entries} tensors under {len(state)} names without their prefixes.")
     if "dummy_tensor" in state:
-        return {key: value for key, value in state.items() if key != "dummy_tensor"}, "mic-dkfz"
+        return Weights({key: value for key, value in state.items() if key != "dummy_tensor"}, "mic-dkfz")
     if any(key.startswith("enc_stages.") for key in state):
         modules = {theirs: ours for ours, theirs in MONAI_MODULES.items()}
         parameters = {theirs: ours for ours, theirs in MONAI_PARAMETERS.items()}
-        return {_renamed(key, modules, parameters): value for key, value in state.items()}, "monai"
-    return state, "mednext"
+        return Weights({_renamed(key, modules, parameters): value for key, value in state.items()}, "monai")
+    return Weights(state, "mednext")
 
 
 def to_mic_dkfz(state: State) -> dict:
@@ -154,14 +155,18 @@ def _renamed(key: str, modules: Mapping[str, str], parameters: Mapping[str, str]
 
 
 def check(path: str | Path, network: nn.Module) -> None:
-    """Raises UserError unless `path` holds exactly the weights that `network` has, by these names."""
+    """Raises UserError unless `path` is a plain state dict with the names and shapes of `network`, a MedNeXt or not."""
     content = load(path)
-    if any(isinstance(content.get(c), Mapping) for c in CONTAINERS) or translate(content, path)[1] != "mednext":
+    plain = all(isinstance(value, torch.Tensor) for value in content.values())
+    if plain and not differences(shapes(content), shapes(network.state_dict())):
+        return
+    weights = read(path)
+    if weights.state.keys() != content.keys():
         raise UserError(
             f"{path} is not a plain state dict of this bundle; convert it first:"
             f" python -m scripts.convert --source {path} --target models/NAME.pt"
         )
-    compare(content, network, path)
+    compare(weights.state, network, path)
 
 
 def compare(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:

@@ -89,6 +89,6 @@ def upkern_load_weights(network: nn.Module, pretrained_net: nn.Module, skip: Ite
         UserError: the two do not fit; `network` is untouched then.
     """
     source = "the pretrained network"
-    report = transfer(network, checkpoints.translate(pretrained_net.state_dict(), source)[0], source, skip)
+    report = transfer(network, checkpoints.translate(pretrained_net.state_dict(), source).state, source, skip)
     logger.info("UpKern: %s", report)
     return network

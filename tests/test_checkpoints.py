@@ -77,7 +77,7 @@ def test_files_written_with_numpy_1_are_read(tmp_path):
                 assert b"numpy._core.multiarray" in content
                 content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
             old.writestr(entry, content)
-    assert read(tmp_path / "old.model").content["best_stuff"] == (3, -0.5, 0.8)
+    assert load(tmp_path / "old.model")["best_stuff"] == (3, -0.5, 0.8)
 
 
 def test_the_original_gets_its_dummy_tensor_and_its_dictionary():
@@ -151,6 +151,13 @@ def test_running_on_weights_of_another_form_says_how_to_convert_them(wrap, tmp_p
         check(tmp_path / "other.model", small())
 
 
+def test_a_network_of_the_users_own_is_checked_too(tmp_path):
+    torch.save(torch.nn.Conv3d(1, 2, 1).state_dict(), tmp_path / "own.pt")
+    check(tmp_path / "own.pt", torch.nn.Conv3d(1, 2, 1))
+    with pytest.raises(UserError, match="own.pt holds no MedNeXt"):
+        check(tmp_path / "own.pt", torch.nn.Conv3d(1, 3, 1))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -158,10 +165,21 @@ def test_running_on_weights_of_another_form_says_how_to_convert_them(wrap, tmp_p
         ({}, "no MedNeXt: its first names are none"),
         ({f"{n}.stem.weight": torch.ones(1) for n in ("net", "ema")}, "2 networks .net.stem.weight, ema.stem.weight"),
         ({"stem.weight": torch.ones(1), "epoch": 3}, "holds epoch among its weights"),
+        ({"net.stem.weight": torch.ones(1), "net.a": torch.ones(1), "a": torch.ones(1)}, "3 tensors under 2 names"),
+        ({0: torch.ones(1)}, "no MedNeXt: its first names are 0"),
         ([torch.ones(1)], "holds a list; expected a state dict"),
         (torch.ones(1), "holds a Tensor; expected a state dict"),
     ],
-    ids=["another network", "nothing", "two networks", "a number among them", "a list", "a tensor"],
+    ids=[
+        "another network",
+        "nothing",
+        "two networks",
+        "a number among them",
+        "one name twice",
+        "no names",
+        "a list",
+        "a tensor",
+    ],
 )
 def test_files_without_one_mednext_are_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "weights.pt")
