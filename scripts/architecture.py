@@ -83,7 +83,9 @@ class Architecture(NamedTuple):
         ]
 
     def arguments(self) -> dict:
-        """What MedNeXt is to be called with; residual blocks and group norm, which shapes do not tell, as published.
+        """What MedNeXt is to be called with.
+
+        Shapes do not tell the kind of norm, taken as published, and the residuals of blocks, taken as those of moves.
 
         Raises:
             ValueError: the down blocks follow no row of LAYOUTS.
@@ -96,7 +98,7 @@ class Architecture(NamedTuple):
             "layout": layout,
             "grn": self.grn and ("sum" if layout == "v2" else True),
             "kernel_size": None,
-            "do_res": True,
+            "do_res": self.do_res_up_down,
         }
 
     def __str__(self) -> str:
