@@ -1,4 +1,4 @@
-"""What a training step costs in memory and time for each way of recomputing: `python -m scripts.memory --size S`."""
+"""What a training step keeps in memory, and takes, for each way of recomputing: `python -m scripts.memory --size S`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from .errors import command
 from .mednext import create_mednext
@@ -21,51 +22,43 @@ STYLES = (
 )
 
 
-def measure(
-    style: str | Sequence[str | None] | None,
-    patch_size: Sequence[int],
-    batch_size: int,
-    device: str,
-    repeats: int,
-    **network,
-) -> tuple[float, float, float]:
-    """Of one `checkpoint_style`: bytes kept for the backward pass, peak bytes (CUDA, else nan), median seconds a step.
+def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
+    """Bytes that the forward pass keeps for the backward pass, each storage once, parameters not counted.
 
-    The step is forward and backward in training mode, on CUDA under autocast to bfloat16; without an optimizer.
+    Both may be on the meta device: then nothing is computed and the answer is the same.
     """
-    device, kept = torch.device(device), {}
-    torch.manual_seed(0)
-    net = create_mednext(**network, checkpoint_style=style, deep_supervision=True).to(device).train()
-    x = torch.randn(batch_size, network["num_input_channels"], *patch_size, device=device)
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept = {}
 
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no later storage has its number
+        return tensor
 
-    def step(pack=lambda t: t) -> None:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
-        ):
-            outputs = net(x)
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-        net.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network(image)  # noqa: F841 (its graph holds what is counted)
+    return sum(storage.nbytes() for storage in kept.values())
 
-    step(keep)  # also the warm-up
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
+
+def measure(network: nn.Module, image: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Median seconds of a step, and its peak bytes on CUDA (else nan).
+
+    A step is forward and backward in training mode, on CUDA under autocast to bfloat16; without an optimizer.
+    """
+    seconds, cuda = [], image.is_cuda
+    for _ in range(repeats + 1):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        step()
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=cuda):
+            outputs = network(image)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        network.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else float("nan")
-    return sum(kept.values()), peak, statistics.median(seconds)
+    return statistics.median(seconds[1:]), torch.cuda.max_memory_allocated() if cuda else math.nan
 
 
 def memory(
@@ -87,24 +80,27 @@ def memory(
         out_channels: labels with background.
         patch_size: voxels.
         batch_size: patches in a step.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "meta", which counts what is kept, in float32, without computing anything.
         repeats: steps timed for each row, after one to warm up; the median is printed.
     """
-    network = {
-        "model_id": size,
-        "kernel_size": kernel_size,
-        "num_input_channels": in_channels,
-        "num_classes": out_channels,
-    }
     print(
         f"MedNeXt {size}, kernel {kernel_size}, {batch_size} x {list(patch_size)}, {device}, torch {torch.__version__}"
     )
     print(f"{'checkpoint_style':52}{'kept for backward':>20}{'peak':>12}{'a step':>12}")
     for style in STYLES:
-        kept, peak, seconds = measure(style, patch_size, batch_size, device, repeats, **network)
-        name = str(style if style is None or isinstance(style, str) else list(style))
-        most = "-" if math.isnan(peak) else f"{peak / 2**30:.2f} GiB"
-        print(f"{name:52}{kept / 2**30:16.2f} GiB{most:>12}{seconds:10.2f} s", flush=True)
+        options = {"deep_supervision": True, "checkpoint_style": style}
+        with torch.device("meta"):
+            network = create_mednext(in_channels, out_channels, size, kernel_size, **options)
+            image = torch.empty(batch_size, in_channels, *patch_size)
+        row = f"{style if style is None or isinstance(style, str) else list(style)!s:52}"
+        row += f"{kept_bytes(network, image) / 2**30:16.2f} GiB"
+        if device != "meta":
+            torch.manual_seed(0)
+            network = create_mednext(in_channels, out_channels, size, kernel_size, **options).to(device)
+            seconds, peak = measure(network, torch.randn(image.shape, device=device), repeats)
+            row += f"{'-':>12}" if math.isnan(peak) else f"{peak / 2**30:8.2f} GiB"
+            row += f"{seconds:10.2f} s"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

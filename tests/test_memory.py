@@ -1,26 +1,37 @@
-"""The memory command measures what recomputing saves."""
+"""The memory command tells what recomputing saves."""
 
-from scripts.memory import STYLES, measure, memory
+import pytest
+import torch
 
-SMALL = {"model_id": "S", "kernel_size": 3, "num_input_channels": 1, "num_classes": 3}
+from scripts.mednext import create_mednext
+from scripts.memory import STYLES, kept_bytes, memory
+
+
+def kept(style, batch: int = 1, device: str = "meta") -> int:
+    with torch.device(device):
+        network = create_mednext(1, 3, "S", deep_supervision=True, checkpoint_style=style)
+        return kept_bytes(network, torch.zeros(batch, 1, 32, 32, 32))
 
 
 def test_recomputing_more_keeps_less():
-    kept = [measure(style, (32, 32, 32), 1, "cpu", 1, **SMALL)[0] for style in (None, "expansion", "block")]
-    assert kept[0] > 2 * kept[1] > 4 * kept[2]
-    assert (
-        kept[2] >= 32**3 * 32 * 4 * 4
-    )  # four inputs of full-resolution blocks, 32 channels of float32, stay in any case
+    assert kept(None) > 2 * kept("expansion") > 4 * kept("block")
+    assert kept("block") >= 32**3 * 32 * 4 * 4  # inputs of the four full-resolution blocks, 32 channels of float32
 
 
 def test_what_is_kept_grows_with_the_batch_since_parameters_are_not_counted():
-    one, two = (measure(None, (32, 16, 16), batch, "cpu", 1, **SMALL)[0] for batch in (1, 2))
-    assert two == 2 * one
+    assert kept(None, batch=2) == 2 * kept(None)
+
+
+@pytest.mark.parametrize("style", [None, "expansion", "block"])
+def test_counting_without_computing_gives_the_same(style):
+    assert kept(style, device="meta") == kept(style, device="cpu")
 
 
 def test_the_table_has_a_row_for_each_way(capsys):
-    memory(patch_size=(32, 32, 16), batch_size=1, repeats=1)
+    memory(patch_size=(32, 32, 16), batch_size=1, repeats=1, device="cpu")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(STYLES)
     assert "1 x [32, 32, 16], cpu" in lines[0]
     assert all(line.endswith(" s") and "GiB" in line for line in lines[2:])
+    memory(size="L", device="meta")
+    assert "['block', 'block', None, None, None]" in capsys.readouterr().out
