@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .mednext import LAYOUTS, LEVELS, SIZES, MedNeXt
+from .mednext import KERNEL_SIZES, LAYOUTS, LEVELS, SIZES, MedNeXt
 
 STAGES = (*(f"enc_block_{i}" for i in range(LEVELS)), "bottleneck", *(f"dec_block_{i}" for i in (3, 2, 1, 0)))
 
@@ -63,8 +63,13 @@ class Architecture(NamedTuple):
                     if down == tuple((exp_r[i + layout.ratio_from], grn and layout.grn[i]) for i in range(LEVELS))
                 ),
             )
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):
             return None
+
+    @property
+    def kernel_size(self) -> int | None:
+        """The kernel of all blocks, or None where encoder and decoder have different ones."""
+        return self.enc_kernel_size if self.enc_kernel_size == self.dec_kernel_size else None
 
     @property
     def size(self) -> str | None:
@@ -72,7 +77,7 @@ class Architecture(NamedTuple):
         return next((name for name in self._sizes() if bool(SIZES[name].grn) == self.grn and self._plain()), None)
 
     def _plain(self) -> bool:
-        return self.enc_kernel_size == self.dec_kernel_size and self.dim == "3d" and self.do_res_up_down
+        return self.kernel_size in KERNEL_SIZES and self.dim == "3d" and self.do_res_up_down
 
     def _sizes(self) -> list[str]:
         return [
@@ -91,7 +96,7 @@ class Architecture(NamedTuple):
             ValueError: the down blocks follow no row of LAYOUTS.
         """
         if not self.layouts:
-            raise ValueError("the down blocks follow no known layout")
+            raise ValueError(f"its down blocks follow none of the layouts {', '.join(LAYOUTS)}")
         layout = self.layouts[0]
         return {
             **{name: value for name, value in self._asdict().items() if name != "layouts"},
@@ -104,8 +109,8 @@ class Architecture(NamedTuple):
     def __str__(self) -> str:
         sizes = self._sizes()
         kernels = (
-            f"kernel {self.enc_kernel_size}"
-            if self.enc_kernel_size == self.dec_kernel_size
+            f"kernel {self.kernel_size}"
+            if self.kernel_size
             else f"encoder kernel {self.enc_kernel_size}, decoder kernel {self.dec_kernel_size}"
         )
         parts = [
@@ -138,7 +143,8 @@ def explain(found: Shapes, wanted: Shapes) -> str:
         return ""
     if (a.exp_r, a.block_counts) != (b.exp_r, b.block_counts):
         return ""
-    if LAYOUTS[a.layouts[0]].ratio_from == LAYOUTS[b.layouts[0]].ratio_from:
+    sources = [LAYOUTS[network.layouts[0]].ratio_from for network in (a, b)]
+    if all(a.exp_r[level + sources[0]] == a.exp_r[level + sources[1]] for level in range(LEVELS)):
         return "They have GRN in different down blocks, so they compute different things. "
     fix = f" Build it with --size {a.size}." if a.size else ""
     return (
@@ -148,6 +154,10 @@ def explain(found: Shapes, wanted: Shapes) -> str:
 
 
 def build(architecture: Architecture) -> MedNeXt:
-    """The network on the meta device, without memory; for its names and shapes."""
+    """The network on the meta device, without memory; for its names and shapes.
+
+    Raises:
+        ValueError: there is no such MedNeXt.
+    """
     with torch.device("meta"):
         return MedNeXt(**architecture.arguments())

@@ -111,7 +111,7 @@ class MedNeXtBlock(nn.Module):
                 f"do_res adds {in_channels} to {out_channels} channels; give equal numbers or do_res=False."
             )
         hidden = exp_r * in_channels
-        self.do_res = do_res
+        self.do_res, self.dim, self.grn = do_res, dim, bool(grn)
         self.checkpoint_style: str | None = None
         self.conv1 = self._first_conv(in_channels, kernel_size, n_groups or in_channels, dim)
         self.norm = ChannelNorm(in_channels) if norm_type == "group" else LayerNorm(in_channels)
@@ -143,9 +143,9 @@ class MedNeXtBlock(nn.Module):
         gamma, beta = self.grn_gamma, self.grn_beta
         if gamma is not None and beta is not None:
             wide = torch.float32 if y.is_cuda else torch.float64  # float32 sums on a CPU err by 4e-3 at 128^3
-            energy = torch.linalg.vector_norm(y, dim=list(range(2, y.dim())), keepdim=True, dtype=wide).to(y.dtype)
+            energy = torch.linalg.vector_norm(y, dim=list(range(2, y.dim())), keepdim=True, dtype=wide)
             total = energy.sum(1, keepdim=True) if self.grn_over_sum else energy.mean(1, keepdim=True)
-            y = gamma * (y * (energy / (total + 1e-6))) + beta + y
+            y = gamma * (y * (energy / (total + 1e-6)).to(y.dtype)) + beta + y
         return self.conv3(y)
 
     def _block(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from torch import nn
 from .architecture import Shapes, describe, explain, shapes
 from .errors import UserError
 
-CONTAINERS = ("state_dict", "network_weights", "model")  # MIC-DKFZ and Lightning; nnU-Net v2; this bundle and MONAI
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile, torch's checkpoint wrapper
 HEADS = "out_"  # prefix of the heads, all that a new set of classes changes
 
@@ -48,6 +47,8 @@ def load(path: str | Path) -> dict:
     Raises:
         UserError: the file is missing, damaged, of another kind, or would have to run code to be read.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the file of weights in it.")
     if not Path(path).is_file():
         raise UserError(f"{path} not found; train first, or name another weights file.")
     try:
@@ -56,13 +57,18 @@ def load(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises pickle, zip, runtime and end-of-file errors here
         foreign = re.search(r"GLOBAL (\S+)", str(e))
-        if foreign and "weights_only" in str(e):
+        if foreign and foreign[1].startswith("numpy") and not _numpy_scalars():
+            raise UserError(f"{path} holds numpy's numbers beside the weights; to read it, pip install numpy") from e
+        if foreign:
             raise UserError(
-                f"{path} holds a {foreign[1]} object, and reading that would run code of the file's choice; save the"
+                f"{path} holds a {foreign[1]} object, and reading that could run code of the file's choice; save the"
                 " weights alone, torch.save(network.state_dict(), ..), where they come from."
             ) from e
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise UserError(f"{path} is not a readable weights file ({reason}); copy or train it again.") from e
+        if "TorchScript" in str(e):
+            raise UserError(f"{path} is a TorchScript program; give the weights that it was made from.") from e
+        raise UserError(
+            f"{path} is not a readable weights file (torch.load: {type(e).__name__}); copy or train it again."
+        ) from e
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict.")
     return dict(content)
@@ -96,8 +102,14 @@ def read(path: str | Path) -> Weights:
         UserError: as `load` and `translate`.
     """
     content = load(path)
-    inside = next((c for c in CONTAINERS if isinstance(content.get(c), Mapping)), None)
-    return translate(content[inside] if inside else content, path)
+    nested = {key: part for key, part in content.items() if isinstance(part, Mapping) and _stems(part)}
+    if len(nested) > 1:
+        raise UserError(f"{path} holds several networks, {', '.join(map(str, nested))}; save the one you want alone.")
+    return translate(next(iter(nested.values()), content), path)
+
+
+def _stems(state: Mapping) -> list[str]:
+    return [key for key in map(str, state) if key == "stem.weight" or key.endswith(".stem.weight")]
 
 
 def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> Weights:
@@ -109,7 +121,7 @@ def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> Weights:
         UserError: no or several MedNeXts in it, something that is no tensor, or two tensors of one name.
     """
     entries, state = len(state), {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
-    stems = [key for key in state if key == "stem.weight" or key.endswith(".stem.weight")]
+    stems = _stems(state)
     if len(stems) != 1:
         found = f"{len(stems)} networks ({', '.join(stems)})" if stems else "no MedNeXt"
         keys = "" if stems else f": its first names are {', '.join(list(state)[:3]) or 'none'}"
@@ -177,11 +189,13 @@ def compare(state: Mapping[str, torch.Tensor], network: nn.Module, source: str |
 
 
 def mismatch(source: str | Path, found: Shapes, wanted: Shapes, different: str) -> UserError:
-    """The error for weights of another network than the settings ask for."""
+    """The error for weights of another network than the one they are for."""
+    said, asked, reason = describe(found), describe(wanted), explain(found, wanted)
+    if said == asked and not reason:
+        return UserError(f"{source} is not a whole {said}. Tensors {different}. Copy or save it again.")
     return UserError(
-        f"{source} holds {describe(found)}, but the settings ask for {describe(wanted)}."
-        f" {explain(found, wanted)}Tensors {different}."
-        " Give the matching --size, --kernel_size and data, or other weights."
+        f"{source} holds {said}, but the network is {asked}. {reason}Tensors {different}."
+        " Give weights of that network, or the size, kernel and data of these weights."
     )
 
 

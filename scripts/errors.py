@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -26,11 +27,24 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def command(function: Callable) -> None:
-    """Runs `function` with the command line's arguments (fire); a UserError is printed alone and the exit code is 1."""
-    import fire
+    """Runs `function` with the command line's arguments (fire); a UserError is printed alone and the exit code is 1.
 
+    Fire looks at all arguments before anything runs: on its own it would call the function first and then complain.
+    """
     sys.excepthook = _print_user_error
-    fire.Fire(function)
+    try:
+        import fire
+    except ImportError as e:
+        raise UserError("the command line needs the package fire: pip install fire") from e
+    given = []
+
+    @functools.wraps(function)
+    def collect(*args, **kwargs) -> None:
+        given.append((args, kwargs))
+
+    fire.Fire(collect)
+    for args, kwargs in given:
+        function(*args, **kwargs)
 
 
 def _print_user_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

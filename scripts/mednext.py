@@ -89,9 +89,9 @@ class MedNeXt(nn.Module):
         grn: Global Response Normalisation, False, True (or "mean") or "sum", see MedNeXtBlock.
         layout: "paper", "monai" or "v2", the rows of `LAYOUTS`. With grn, "paper" has it everywhere but in `down_0`.
 
-    Input (N, in_channels, [D,] H, W), any size with at least one side over 16 voxels. Output: in eval mode
-    (N, n_classes, [D,] H, W); in training mode with deep supervision the list of five logits at 1, 1/2, .. 1/16 of the
-    resolution (sides rounded up), finest first.
+    Input (N, in_channels, [D,] H, W), any size with at least one side over 16 voxels (any at all with "layer" norm).
+    Output: in eval mode (N, n_classes, [D,] H, W); in training mode with deep supervision the list of five logits at 1,
+    1/2, .. 1/16 of the resolution (sides rounded up), finest first.
 
     Raises:
         ValueError: an option is out of its range, or the input is too small.
@@ -135,6 +135,7 @@ class MedNeXt(nn.Module):
 
         self.axes = 2 if dim == "2d" else 3
         self.do_ds = deep_supervision
+        self.norms_over_space = norm_type == "group"
         self.step = 2**LEVELS  # sides are padded to a multiple of it
         width = [n_channels * 2**level for level in range(LEVELS + 1)]
         shared = {"norm_type": norm_type, "dim": dim}
@@ -177,7 +178,7 @@ class MedNeXt(nn.Module):
             raise ValueError(
                 f"the input has {len(size)} spatial axes, the network {self.axes}; expected (N, C, *space)."
             )
-        if max(size) <= step:
+        if self.norms_over_space and max(size) <= step:
             raise ValueError(
                 f"the input has {list(size)} voxels; at least one side must be over {step},"
                 " or the coarsest level is one voxel, which its norm would set to zero. Pad it or use larger patches."

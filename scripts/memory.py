@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .errors import command
-from .mednext import create_mednext
+from .errors import UserError, command
+from .mednext import KERNEL_SIZES, SIZES, create_mednext
 
 STYLES = (
     None,
@@ -80,13 +80,21 @@ def memory(
         out_channels: labels with background.
         patch_size: voxels.
         batch_size: patches in a step.
-        device: "cpu", "cuda", or "meta", which counts what is kept, in float32, without computing anything.
+        device: "cpu", "cuda", or "meta", which only counts. What is kept for the backward pass is always counted in
+            float32 and without computing anything; the peak on CUDA is that of a step under autocast.
         repeats: steps timed for each row, after one to warm up; the median is printed.
     """
+    if size not in SIZES or kernel_size not in KERNEL_SIZES:
+        known = f"{', '.join(SIZES)} and {', '.join(map(str, KERNEL_SIZES))}"
+        raise UserError(f"size is {size!r} and kernel_size {kernel_size!r}; expected one of {known}.")
+    if isinstance(patch_size, int) or len(patch_size) != 3:
+        raise UserError(
+            f'patch_size is {patch_size!r}; expected three sides, for example --patch_size "[128,128,128]".'
+        )
     print(
         f"MedNeXt {size}, kernel {kernel_size}, {batch_size} x {list(patch_size)}, {device}, torch {torch.__version__}"
     )
-    print(f"{'checkpoint_style':52}{'kept for backward':>20}{'peak':>12}{'a step':>12}")
+    print(f"{'checkpoint_style':52}{'kept, float32':>20}{'peak':>12}{'a step':>12}")
     for style in STYLES:
         options = {"deep_supervision": True, "checkpoint_style": style}
         with torch.device("meta"):

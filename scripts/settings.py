@@ -23,15 +23,18 @@ def read(weights: str | Path, **defaults) -> dict:
     """The settings beside `weights`; `defaults` stand in for what is not written there.
 
     Raises:
-        UserError: the file is not JSON.
+        UserError: the file is not JSON, or not a dictionary.
     """
     path = settings_file(weights)
     if not path.is_file():
         return defaults
     try:
-        return {**defaults, **json.loads(path.read_text())}
+        content = json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise UserError(f"{path} is not valid JSON ({e}); restore it or delete it to use the defaults.") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected settings by name: restore or delete it.")
+    return {**defaults, **content}
 
 
 def write(weights: str | Path, settings: dict) -> None:

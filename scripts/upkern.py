@@ -18,6 +18,7 @@ from torch import nn
 
 from . import checkpoints
 from .architecture import shapes
+from .errors import UserError
 
 logger = logging.getLogger("mednext")
 
@@ -39,7 +40,7 @@ class Report(NamedTuple):
 
 
 def transfer(
-    network: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path, skip: Iterable[str] = ()
+    network: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path, skip: str | Iterable[str] = ()
 ) -> Report:
     """Loads `state` (our names) into `network`, resizing kernels; the network is untouched where anything does not fit.
 
@@ -50,11 +51,15 @@ def transfer(
         skip: prefixes of names that keep the network's own values, for example "out_" for new classes.
 
     Raises:
-        UserError: a tensor on either side has no partner, or one that differs in more than its kernel.
+        UserError: a tensor on either side has no partner, or one that differs in more than its kernel; or nothing has a
+            name that starts with an entry of `skip`.
     """
     own, resized, copied = network.state_dict(), {}, []
-    skipped = [key for key in own if key.startswith(tuple(skip))]
-    fitted = {key: value for key, value in state.items() if not key.startswith(tuple(skip))}
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if unknown := [prefix for prefix in skip if not prefix or not any(key.startswith(prefix) for key in own)]:
+        raise UserError(f"no tensor's name starts with {unknown[0]!r}, which is to be skipped.")
+    skipped = [key for key in own if key.startswith(skip)]
+    fitted = {key: value for key, value in state.items() if not key.startswith(skip)}
     for key, value in fitted.items():
         if key not in own or value.shape == own[key].shape:
             copied.append(key)
@@ -68,27 +73,39 @@ def transfer(
     return Report(copied, resized, skipped)
 
 
-def start_from(network: nn.Module, path: str | Path | None, skip_heads: bool = False) -> None:
-    """What the control panel's `upkern_from` does: nothing for None, else starts `network` from that file's weights.
+def start_from(network: nn.Module, path: str | Path | None, skip_heads: bool = False, resume: bool = False) -> None:
+    """What the control panel's `upkern_from` does: starts `network` from a file's weights, whoever wrote it.
+
+    Args:
+        network: what is to start from it.
+        path: the file; None does nothing.
+        skip_heads: keep the network's own heads, for other classes.
+        resume: do nothing, since a checkpoint will have it all.
 
     Raises:
-        UserError: the file cannot be read or does not fit.
+        UserError: the file cannot be read or does not fit, or `skip_heads` without a file.
     """
-    if path is None:
+    if skip_heads and path is None:
+        raise UserError("skip_heads is True without upkern_from; give the weights to start from: --upkern_from FILE.")
+    if path is None or resume:
         return
     report = transfer(network, checkpoints.read(path).state, path, (checkpoints.HEADS,) if skip_heads else ())
     logger.info("starting from %s: %s", path, report)
 
 
-def upkern_load_weights(network: nn.Module, pretrained_net: nn.Module, skip: Iterable[str] = ()) -> nn.Module:
-    """The original's function: `network` with the weights of `pretrained_net`, a MedNeXt of smaller kernels.
+def upkern_load_weights(network: nn.Module, pretrained_net: nn.Module, skip: str | Iterable[str] = ()) -> nn.Module:
+    """The original's function: `network` with the weights of `pretrained_net`, a network of smaller kernels.
+
+    Where the two do not have the same names, `pretrained_net` is taken for a MedNeXt of any of the known forms.
 
     Other than there, a tensor without a partner is an error, unless its name starts with an entry of `skip`.
 
     Raises:
         UserError: the two do not fit; `network` is untouched then.
     """
-    source = "the pretrained network"
-    report = transfer(network, checkpoints.translate(pretrained_net.state_dict(), source).state, source, skip)
+    source, state = "the pretrained network", pretrained_net.state_dict()
+    if state.keys() != network.state_dict().keys():
+        state = checkpoints.translate(state, source).state
+    report = transfer(network, state, source, skip)
     logger.info("UpKern: %s", report)
     return network

@@ -55,8 +55,26 @@ def test_blocks_that_follow_no_layout_are_not_built():
         network = MedNeXt(1, 4, 3, exp_r=(2, 3, 4, 4, 4, 4, 4, 3, 2), kernel_size=3)
     names = shapes(network.state_dict()) | {"down_1.conv2.weight": torch.Size([56, 8, 1, 1, 1])}  # ratio 7
     assert Architecture.of(names).layouts == ()
-    with pytest.raises(ValueError, match="no known layout"):
+    with pytest.raises(ValueError, match="follow none of the layouts paper, v2, monai"):
         build(Architecture.of(names))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stem.weight": torch.Size([0, 1, 1, 1, 1])}, {"enc_block_0.0.conv2.weight": torch.Size([0, 0, 1, 1, 1])}],
+    ids=["no width", "no channels"],
+)
+def test_shapes_that_cannot_be_are_no_mednext_of_the_table(changes):
+    with torch.device("meta"):
+        names = shapes(create_mednext(1, 3, "S").state_dict()) | changes
+    architecture = Architecture.of(names)
+    assert architecture is None or architecture.size is None
+
+
+def test_a_kernel_beyond_the_table_has_no_size():
+    with torch.device("meta"):
+        network = MedNeXt(1, 32, 3, 2, 9, do_res=True, do_res_up_down=True)
+    assert Architecture.of(shapes(network.state_dict())).size is None
 
 
 def test_foreign_weights_are_called_foreign():

@@ -151,10 +151,7 @@ def test_a_scan_smaller_than_the_patch_is_padded_and_said(phantom_dir, tmp_path)
 
 def test_training_does_not_start_from_weights_of_another_network(trained, phantom_dir, models):
     said = train(phantom_dir, models, "--size", "B", "--kernel_size", 5, "--upkern_from", trained / "model.pt")
-    assert (
-        "model.pt holds MedNeXt S, kernel 3, 1 channel(s), 4 classes, but the settings ask for MedNeXt B, kernel 5"
-        in said
-    )
+    assert "model.pt holds MedNeXt S, kernel 3, 1 channel(s), 4 classes, but the network is MedNeXt B, kernel 5" in said
 
 
 @pytest.mark.parametrize("command", ["evaluating", "inference"])
@@ -167,7 +164,7 @@ def test_weights_of_another_network_are_named(command, phantom_dir, tmp_path):
     else:
         done = bundle("--config_file", "configs/inference.json", *common, fails=True)
     assert "Traceback" not in done.stderr
-    assert "3 classes, but the settings ask for MedNeXt S, kernel 3, 1 channel(s), 4 classes" in done.stderr
+    assert "3 classes, but the network is MedNeXt S, kernel 3, 1 channel(s), 4 classes" in done.stderr
 
 
 def test_inference_without_weights_says_what_to_do(tmp_path):

@@ -58,6 +58,19 @@ def test_grn_weighs_each_channel_by_its_share_of_the_energy(dim, grn, over):
     torch.testing.assert_close(block(x), expected, **ROUNDING)
 
 
+def test_grn_in_half_precision_survives_energies_beyond_its_range():
+    torch.manual_seed(0)
+    block = MedNeXtBlock(4, 4, exp_r=4, kernel_size=3, grn="sum")
+    block.conv2.weight.data.mul_(3000)  # hidden values near 3000: each channel's energy is over 65504
+    block.conv3.weight.data.mul_(1e-3)
+    block.grn_gamma.data.fill_(1.0)
+    x = image(1, 4, 16, 16, 16)
+    exact = block.double()(x)
+    half = block.half()(x.half())
+    assert half.isfinite().all()
+    assert (half - exact).abs().max() < 0.01 * exact.abs().max()  # half precision has three digits
+
+
 def test_a_second_argument_is_taken_as_in_the_original_and_unused():
     x = image(1, 2, 4, 4)
     for kind in (MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 
 import numpy as np
@@ -51,6 +52,7 @@ WAYS = {
         "mednext",
     ),
     "Lightning": (lambda s: {"state_dict": {f"net.model.{k}": v for k, v in s.items()}, "epoch": 3}, "mednext"),
+    "any other dictionary": (lambda state: {"model_state_dict": state, "optimizer": {"state": {}}}, "mednext"),
     "nnU-Net v2": (lambda state: {"network_weights": state, "current_epoch": 3}, "mednext"),
     "a training checkpoint of this bundle": (lambda state: {"model": state, "best_metric": 0.5}, "mednext"),
     "MONAI": (to_monai, "monai"),
@@ -111,7 +113,7 @@ def test_monai_b_m_and_l_are_refused_by_the_papers_network_with_the_reason(size)
     reason = (
         f"ratio of the stage before them.*Build it with --size monai-{size}.*down_0.conv2.weight .*down_1.conv3.weight"
     )
-    with pytest.raises(UserError, match=f"holds MedNeXt monai-{size}.*ask for MedNeXt {size}.*{reason}"):
+    with pytest.raises(UserError, match=f"holds MedNeXt monai-{size}.*network is MedNeXt {size}.*{reason}"):
         compare(state, paper, "monai.pt")
 
 
@@ -127,8 +129,21 @@ def test_monai_b_m_and_l_are_refused_by_the_papers_network_with_the_reason(size)
 )
 def test_weights_of_another_network_are_refused_with_both_sides(arguments, found, tmp_path):
     torch.save(create_mednext_v1(*arguments, deep_supervision=True).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(UserError, match=f"{found}.*but the settings ask for MedNeXt S, kernel 3, 1 channel.*3 classes"):
+    with pytest.raises(UserError, match=f"{found}.*but the network is MedNeXt S, kernel 3, 1 channel.*3 classes"):
         check(tmp_path / "model.pt", create_mednext_v1(1, 3, "S", deep_supervision=True))
+
+
+def test_a_part_of_the_right_network_is_said_to_be_a_part():
+    state = small().state_dict()
+    del state["up_2.conv1.bias"]
+    with pytest.raises(UserError, match=r"is not a whole MedNeXt .*that the file lacks: up_2.conv1.bias. Copy or save"):
+        compare(state, small(), "model.pt")
+
+
+def test_where_grn_alone_differs_that_is_the_reason():
+    theirs, ours = small(grn=True, layout="monai"), small(grn=True)
+    with pytest.raises(UserError, match="They have GRN in different down blocks"):
+        compare(theirs.state_dict(), ours, "model.pt")
 
 
 def test_every_name_without_a_partner_is_listed_whole_modules_as_one():
@@ -164,6 +179,7 @@ def test_a_network_of_the_users_own_is_checked_too(tmp_path):
         ({"conv.weight": torch.ones(1)}, r"no MedNeXt: its first names are conv.weight"),
         ({}, "no MedNeXt: its first names are none"),
         ({f"{n}.stem.weight": torch.ones(1) for n in ("net", "ema")}, "2 networks .net.stem.weight, ema.stem.weight"),
+        ({n: {"stem.weight": torch.ones(1)} for n in ("model", "ema")}, "several networks, model, ema"),
         ({"stem.weight": torch.ones(1), "epoch": 3}, "holds epoch among its weights"),
         ({"net.stem.weight": torch.ones(1), "net.a": torch.ones(1), "a": torch.ones(1)}, "3 tensors under 2 names"),
         ({0: torch.ones(1)}, "no MedNeXt: its first names are 0"),
@@ -174,6 +190,7 @@ def test_a_network_of_the_users_own_is_checked_too(tmp_path):
         "another network",
         "nothing",
         "two networks",
+        "two dictionaries",
         "a number among them",
         "one name twice",
         "no names",
@@ -194,10 +211,15 @@ def test_missing_damaged_and_other_files_are_named(tmp_path):
     (tmp_path / "truncated.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
     (tmp_path / "image.nii").write_bytes(bytes(400))
     (tmp_path / "empty.pt").write_bytes(b"")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "scripted.pt")
-    for name in ("truncated.pt", "image.nii", "empty.pt", "scripted.pt"):
+    (tmp_path / "plans.pkl").write_bytes(pickle.dumps({"plans": {1, 2}}))
+    for name in ("truncated.pt", "image.nii", "empty.pt", "plans.pkl"):
         with pytest.raises(UserError, match=f"{name} is not a readable weights file"):
             load(tmp_path / name)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "scripted.pt")
+    with pytest.raises(UserError, match="scripted.pt is a TorchScript program"):
+        load(tmp_path / "scripted.pt")
+    with pytest.raises(UserError, match="is a folder; give the file"):
+        load(tmp_path)
 
 
 def test_a_file_that_would_run_code_is_refused_with_the_class_it_wants(tmp_path):
@@ -206,7 +228,7 @@ def test_a_file_that_would_run_code_is_refused_with_the_class_it_wants(tmp_path)
             return (pytest.fail, ("the file ran code",))
 
     torch.save({"weights": Payload()}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="holds a _pytest.outcomes.* object, and reading that would run code"):
+    with pytest.raises(UserError, match="holds a _pytest.outcomes.* object, and reading that could run code"):
         load(tmp_path / "model.pt")
     torch.save(small(), tmp_path / "module.pt")
     with pytest.raises(UserError, match=r"holds a scripts.mednext.MedNeXt object.*save the weights alone"):

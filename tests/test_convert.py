@@ -114,6 +114,41 @@ def test_the_settings_beside_the_target_are_asked_for_and_kept(original, tmp_pat
         convert(original, tmp_path / "model.pt")
 
 
+def test_only_settings_that_outlive_the_weights_are_kept_and_labels_must_match(original, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps({"spacing": [2, 2, 2], "epoch": 7, "dice": 0.9, "fold": 3}))
+    convert(original, tmp_path / "model.pt")
+    kept = json.loads((tmp_path / "model.json").read_text())
+    assert kept["spacing"] == [2, 2, 2]
+    assert not {"epoch", "dice", "fold"} & kept.keys()
+    (tmp_path / "other.json").write_text(json.dumps({"labels": ["background", "liver"]}))
+    with pytest.raises(UserError, match="4 classes for 2 labels"):
+        convert(original, tmp_path / "other.pt")
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(UserError, match="other.json holds a list; expected settings"):
+        convert(original, tmp_path / "other.pt")
+
+
+def test_what_cannot_be_a_target_is_refused(original, tmp_path):
+    with pytest.raises(UserError, match="model.json is the name of a settings file"):
+        convert(original, tmp_path / "model.json")
+    with pytest.raises(UserError, match=r"cannot be written \((File exists|Not a directory)\)"):
+        convert(original, original / "model.pt")
+
+
+def test_an_even_kernel_is_no_mednext(tmp_path):
+    state = create_mednext(1, 2, "S").state_dict()
+    even = {k: v[..., :2, :2, :2] if k.endswith("conv1.weight") else v for k, v in state.items()}
+    torch.save(even, tmp_path / "even.pt")
+    with pytest.raises(UserError, match="no MedNeXt that can be built: the encoder kernel size is 2"):
+        convert(tmp_path / "even.pt", tmp_path / "model.pt")
+
+
+def test_a_mistyped_option_stops_before_anything_is_written(original, tmp_path):
+    said = command("--source", original, "--target", tmp_path / "model.pt", "--kernal_size", 5, fails=True)
+    assert "kernal_size" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["final.model"]
+
+
 def test_coarse_heads_that_are_not_there_cannot_be_asked_for(tmp_path):
     torch.save(create_mednext(1, 2, "S").state_dict(), tmp_path / "plain.pt")
     with pytest.raises(UserError, match="deep_supervision False instead of True"):

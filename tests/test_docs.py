@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from scripts.convert import convert
+from scripts.memory import memory
 
 PAGES = sorted((ROOT / "docs/how-to").glob("*.md"))
 
@@ -36,3 +40,8 @@ def test_commands_name_settings_that_exist():
     for command in re.findall(r"monai\.bundle run .*(?:\\\n.*)*", text):
         for name in re.findall(r"--(\w+)", command):
             assert name == "config_file" or f'"{name}"' in configs, f"--{name} in {command}"
+    for module, function in {"convert": convert, "memory": memory}.items():
+        commands = re.findall(rf"python -m (?:scripts|mednext)\.{module} ([^`\n#]*)", text)
+        assert commands
+        given = set(re.findall(r"--(\w+)", " ".join(commands)))
+        assert given <= inspect.signature(function).parameters.keys()

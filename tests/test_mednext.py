@@ -203,6 +203,10 @@ def test_a_single_voxel_at_the_coarsest_level_is_refused(size):
         small_net(dim=f"{len(size)}d")(image(1, 1, *size))
 
 
+def test_layer_norm_takes_a_single_voxel_at_the_coarsest_level():
+    assert small_net(norm_type="layer").eval()(image(1, 1, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("style", "whole", "wide"),  # the resolutions at which blocks, or only their wide layers, run twice
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scripts.blocks import MedNeXtBlock
 from scripts.checkpoints import to_mic_dkfz
 from scripts.errors import UserError
 from scripts.mednext import MedNeXt
@@ -96,6 +97,35 @@ def test_a_new_head_is_left_as_it_is_where_that_is_asked_for(tmp_path):
     source = net().float().state_dict()
     for key, value in target.state_dict().items():
         assert torch.equal(value, before[key] if key.startswith("out_") else resized(source[key], value)), key
+
+
+def test_one_prefix_is_a_prefix_and_an_unknown_one_is_refused():
+    report = transfer(net(kernel_size=5), net().state_dict(), "k3.pt", "out_")
+    assert {key.split(".")[0] for key in report.skipped} == {f"out_{level}" for level in range(5)}
+    for prefix in ("head", ""):
+        with pytest.raises(UserError, match=f"no tensor's name starts with '{prefix}'"):
+            transfer(net(), net().state_dict(), "k3.pt", [prefix])
+
+
+def test_networks_wrapped_alike_and_networks_of_the_blocks_work_as_with_the_original():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = network
+
+    small, large = Wrapper(net(0)), Wrapper(net(1, kernel_size=5))
+    upkern_load_weights(large, small)
+    assert torch.equal(large.model.stem.weight, small.model.stem.weight)
+    small, large = (torch.nn.Sequential(MedNeXtBlock(2, 2, kernel_size=k)) for k in (3, 5))
+    upkern_load_weights(large, small)
+    assert torch.equal(large[0].conv2.weight, small[0].conv2.weight)
+
+
+def test_a_resumed_run_does_not_start_anew_and_heads_need_a_file():
+    target = net()
+    start_from(target, "gone.pt", resume=True)
+    with pytest.raises(UserError, match="skip_heads is True without upkern_from"):
+        start_from(target, None, skip_heads=True)
 
 
 def test_no_file_is_nothing_to_do():
