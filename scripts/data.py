@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def _stem(path: Path) -> str:
 def image_files(case: dict) -> list[str]:
     """The image files of a case: one, or one a channel."""
     return [case["image"]] if isinstance(case["image"], str) else list(case["image"])
+
+
+def scan_files(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, sorted; none where there is no such folder."""
+    return sorted(path for path in folder.iterdir() if _is_scan(path)) if folder.is_dir() else []
 
 
 def _is_scan(path: Path) -> bool:
@@ -98,11 +104,16 @@ def label_names(dataset_dir: str) -> list[str]:
     return [by_value[v] for v in range(len(by_value))]
 
 
+def listed_cases(dataset_dir: str) -> int | None:
+    """How many cases dataset.json says there are, if it does."""
+    return _describe(dataset_dir).get("numTraining")
+
+
 def cases(dataset_dir: str) -> list[dict]:
     """All labelled cases of the folder, sorted by name.
 
     Raises:
-        UserError: a folder or file is missing, or there are fewer than two cases.
+        UserError: a folder or file is missing, two cases have one name, or there are fewer than two cases.
     """
     description = _describe(dataset_dir)
     folder = Path(dataset_dir)
@@ -117,6 +128,8 @@ def cases(dataset_dir: str) -> list[dict]:
                 raise UserError(
                     f"{path} not found, which case {case['case']} of {folder} needs; add it or remove the case."
                 )
+    if twice := [name for name, n in Counter(case["case"] for case in found).items() if n > 1]:
+        raise UserError(f"{folder / 'dataset.json'} lists {twice[0]} more than once; give each case its own name.")
     if len(found) < 2:
         raise UserError(f"{folder} has {len(found)} labelled cases; expected at least 2, to train and to validate.")
     return sorted(found, key=lambda case: case["case"])
@@ -142,8 +155,8 @@ def _nnunet_cases(folder: Path, description: dict) -> list[dict]:
         if not (folder / name).is_dir():
             raise UserError(f"{folder / name} not found; expected the nnU-Net v2 layout (imagesTr, labelsTr).")
     channels = range(len(description["channel_names"]))
-    names = {_CHANNEL.sub("", _stem(p)) for p in (folder / "imagesTr").iterdir() if _is_scan(p)}
-    names |= {_stem(p) for p in (folder / "labelsTr").iterdir() if _is_scan(p)}
+    names = {_CHANNEL.sub("", _stem(p)) for p in scan_files(folder / "imagesTr")}
+    names |= {_stem(p) for p in scan_files(folder / "labelsTr")}
     found = []
     for name in names:
         images = [str(folder / "imagesTr" / f"{name}_{channel:04d}{ending}") for channel in channels]
@@ -226,7 +239,7 @@ def scans(dataset_dir: str, channels: int = 1) -> list[dict]:
             ]
     elif path.is_dir():
         folders = [path] + [path / name for name in ("imagesTs", "imagesTr") if (path / name).is_dir()]
-        files = next((found for f in folders if (found := [p for p in f.iterdir() if _is_scan(p)])), [])
+        files = next((found for f in folders if (found := scan_files(f))), [])
     else:
         raise UserError(f"dataset_dir {dataset_dir} does not exist; give a NIfTI file or a folder of them.")
     if not files:

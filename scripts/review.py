@@ -1,0 +1,180 @@
+"""A data set as a whole: what nobody sees in one case. One function a check; `run checking` prints what they find."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .data import cases, channel_names, image_files, label_names, listed_cases, scan_files
+from .errors import UserError
+from .survey import survey
+
+FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
+SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
+
+
+class Finding(NamedTuple):
+    """Something a person should know: "error" stops a training, "warning" does not."""
+
+    severity: str
+    case: str
+    file: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.message}"
+
+
+def _warning(record: dict, message: str) -> Finding:
+    return Finding("warning", record["case"], record["file"], f"{record['file']} {message}")
+
+
+def duplicates(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """The same voxels under two names end up on both sides of a fold."""
+    seen = {}
+    for record in records:
+        first = seen.setdefault(record["digest"], record)
+        if first is not record:
+            yield _warning(record, f"has the voxels of {first['file']}; remove one of the two cases.")
+
+
+def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Orientations are handled, but a rare one is often a wrong header."""
+    counts = Counter(record["orientation"] for record in records)
+    usual = counts.most_common(1)[0][0] if counts else ""
+    for record in records:
+        if record["orientation"] != usual and counts[record["orientation"]] < 0.1 * len(records):
+            yield _warning(
+                record,
+                f"is stored as {record['orientation']}, {counts[usual]} of {len(records)} cases as {usual};"
+                " look whether its header is right.",
+            )
+
+
+def without_foreground(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """A case without any label teaches background only; often its label file is the wrong one."""
+    for record in records:
+        if not sum(record["labels"][1:]):
+            yield _warning(record, "has no labelled voxel; look whether that is meant.")
+
+
+def absent_labels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """A label that dataset.json names and no case has cannot be learnt."""
+    for value, name in enumerate(labels):
+        if records and not any(record["labels"][value] for record in records):
+            message = (
+                f"label {value} ({name}) is in none of the {len(records)} cases; correct dataset.json or the labels."
+            )
+            yield Finding("warning", "", "dataset.json", message)
+
+
+def spacings(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Voxels a multiple larger or smaller than usual."""
+    if not records:
+        return
+    usual = np.median([sorted(record["spacing"]) for record in records], axis=0)
+    for record in records:
+        ratio = np.array(sorted(record["spacing"])) / usual
+        if ratio.max() > SPACING_RATIO or ratio.min() < 1 / SPACING_RATIO:
+            yield _warning(
+                record,
+                f"has {_mm(record['spacing'])} voxels, the median case {_mm(usual)}; look whether its header is right.",
+            )
+
+
+def single_slices(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """2D images in 3D files train a 3D network on one plane."""
+    for record in records:
+        if min(record["shape"]) == 1:
+            yield _warning(record, f"is a single slice of {record['shape']} voxels; a 3D network sees one plane of it.")
+
+
+def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Means far from those of the other cases: another unit, another modality, an empty scan."""
+    for channel in range(len(records[0]["channels"]) if records else 0):
+        found = [(record, record["channels"][channel]) for record in records]
+        for record, moments in found:
+            if moments is None:
+                yield _warning(record, f"is zero everywhere in channel {channel}; export it again.")
+        means = np.array([moments["mean"] for _, moments in found if moments])
+        if len(means) < 5:
+            continue
+        usual = np.median(means)
+        spread = 1.4826 * np.median(np.abs(means - usual))  # the standard deviation of a normal distribution
+        for record, moments in found:
+            if moments and spread and abs(moments["mean"] - usual) > FAR * spread:
+                yield _warning(
+                    record,
+                    f"has a mean intensity of {moments['mean']:.4g} in channel {channel}, the median case {usual:.4g};"
+                    " look whether it has the unit and the modality of the others.",
+                )
+
+
+REVIEWS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...] = (
+    duplicates,
+    orientations,
+    without_foreground,
+    absent_labels,
+    spacings,
+    single_slices,
+    intensities,
+)
+
+
+def unlisted(dataset_dir: str) -> Iterator[Finding]:
+    """Files in the training folders that no case uses, and another number of cases than dataset.json says."""
+    folder, items = Path(dataset_dir), cases(dataset_dir)
+    used = {Path(file).resolve() for case in items for file in (*image_files(case), case["label"])}
+    for file in [file for name in ("imagesTr", "labelsTr") for file in scan_files(folder / name)]:
+        if file.resolve() not in used:
+            yield Finding(
+                "warning", "", str(file), f"{file} belongs to no case of dataset.json; add it there or remove it."
+            )
+    said = listed_cases(dataset_dir)
+    if said not in (None, len(items)):
+        message = f'{folder / "dataset.json"} says "numTraining" {said}, the folder has {len(items)} cases; correct it.'
+        yield Finding("warning", "", "dataset.json", message)
+
+
+def review(dataset_dir: str, memory: str) -> list[Finding]:
+    """All findings about a data set, errors first.
+
+    Args:
+        dataset_dir: a Decathlon or nnU-Net v2 folder.
+        memory: JSON file that remembers what was read, see survey.py.
+
+    Raises:
+        UserError: the folder or its dataset.json cannot be used at all.
+    """
+    labels = label_names(dataset_dir)
+    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), len(labels), memory)
+    faults = [Finding("error", r["case"], r["file"], r["error"]) for r in records if "error" in r]
+    usable = [record for record in records if "error" not in record]
+    return [*faults, *unlisted(dataset_dir), *(finding for check in REVIEWS for finding in check(usable, labels))]
+
+
+def checking(dataset_dir: str, output_dir: str, memory: str) -> None:
+    """Prints all findings and writes them to `check.json` in `output_dir`.
+
+    Raises:
+        UserError: a training could not use the data set as it is.
+    """
+    findings = review(dataset_dir, memory)
+    for finding in findings:
+        print(finding)
+    path = Path(output_dir) / "check.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([finding._asdict() for finding in findings], indent=2) + "\n")
+    errors = sum(finding.severity == "error" for finding in findings)
+    print(f"{errors} errors, {len(findings) - errors} warnings; also in {path}")
+    if errors:
+        raise UserError(f"{errors} cases of {dataset_dir} cannot be used; mend them as said above.")
+
+
+def _mm(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{s:.3g}" for s in spacing) + " mm"

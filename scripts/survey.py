@@ -1,0 +1,192 @@
+"""Reads every case once and remembers it: whether it can be used, and what planning and checks need to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .checks import check_image, check_label, check_same_grid, warn_of_small_scans
+from .data import image_files, workers
+from .errors import UserError
+from .nifti import read
+
+QUANTILES = np.linspace(0, 1, 201)  # of foreground intensities; every half per cent
+SAVE_EVERY = 20  # seconds
+
+logger = logging.getLogger("mednext")
+
+
+def examine(case: dict, channels: int, classes: int) -> dict:
+    """All checks of one case, and its measures; nothing stays in memory.
+
+    Args:
+        case: "case", "image" and "label", see data.py.
+        channels: image channels that dataset.json names.
+        classes: labels that dataset.json names, background included.
+
+    Returns:
+        orientation ("RAS" ..); in the order of RAS axes: shape (voxels), spacing (mm), cropped (shape of the smallest
+        box with all non-zero voxels); labels (voxels of each value); channels (mean, std of non-zero voxels);
+        foreground (of each channel: mean, std, min, max and QUANTILES of the voxels with a label, None where there are
+        none); digest (of the image's voxels).
+
+    Raises:
+        UserError: one sentence about what is wrong with it.
+    """
+    paths = image_files(case)
+    label_image, label = read(case["label"])
+    first, foreground, digest, filled = None, None, hashlib.sha1(usedforsecurity=False), None
+    everywhere, inside = [], []
+    for path, image, voxels in _channels(paths):
+        if first is None:
+            first = image
+            check_same_grid(case["label"], label_image, path, image)
+            label = check_label(case["label"], label_image, label, classes)
+            foreground = label > 0
+            filled = [np.zeros(n, dtype=bool) for n in voxels.shape]
+        check_same_grid(path, image, paths[0], first)
+        digest.update(np.ascontiguousarray(voxels))
+        values = image.dataobj.slope, image.dataobj.inter
+        nonzero = voxels != 0 if values == (1.0, 0.0) else voxels * values[0] + values[1] != 0
+        for axis, occupied in enumerate(filled):
+            occupied |= nonzero.any(axis=tuple(a for a in range(3) if a != axis))
+        everywhere.append(_moments(voxels[nonzero], *values))
+        inside.append(_moments(voxels[foreground], *values, quantiles=True))
+    if len(inside) != channels:
+        raise UserError(
+            f"{paths[0]} and its case have {len(inside)} channels; dataset.json names {channels}: correct either."
+        )
+    boxes = [np.flatnonzero(occupied) for occupied in filled]
+    cropped = [int(box[-1] - box[0] + 1) if len(box) else n for box, n in zip(boxes, first.shape, strict=False)]
+    ras = np.argsort(
+        nib.io_orientation(first.affine)[:, 0]
+    )  # the stored axis that becomes x, y, z of the network's grid
+    return {
+        "shape": [first.shape[axis] for axis in ras],
+        "spacing": [float(first.header.get_zooms()[axis]) for axis in ras],
+        "orientation": "".join(nib.aff2axcodes(first.affine)),
+        "cropped": [cropped[axis] for axis in ras],
+        "labels": sum(np.bincount(plane.ravel(), minlength=classes) for plane in label).tolist(),
+        "channels": everywhere,
+        "foreground": inside,
+        "digest": digest.hexdigest(),
+    }
+
+
+def _channels(paths: Sequence[str]) -> Iterator[tuple[str, nib.Nifti1Image, np.ndarray]]:
+    """(file, header, stored voxels (X, Y, Z)) of each channel, one at a time."""
+    for path in paths:
+        image, voxels = read(path)
+        check_image(path, voxels)
+        for channel in [voxels] if voxels.ndim == 3 else np.moveaxis(voxels, -1, 0):
+            yield path, image, channel
+
+
+def _moments(stored: np.ndarray, slope: float, intercept: float, quantiles: bool = False) -> dict | None:
+    if not stored.size:
+        return None
+    values = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    found = {"mean": float(values.mean(dtype=np.float64)), "std": float(values.std(dtype=np.float64))}
+    if quantiles:
+        found |= {"min": float(values.min()), "max": float(values.max())}
+        found["quantiles"] = [round(float(q), 6) for q in np.quantile(values, QUANTILES)]
+    return found
+
+
+def survey(items: Sequence[dict], channels: int, classes: int, memory: str) -> list[dict]:
+    """The records of all cases: `examine`'s, with "case", "file" and, where it cannot be used, "error" alone.
+
+    Cases that were read before and have not changed since, by size and time of their files, are not read again; what
+    has been read is kept at least every 20 seconds, so that an interrupted survey goes on.
+
+    Args:
+        items: cases with "image" and "label".
+        channels: image channels that dataset.json names.
+        classes: labels that dataset.json names, background included.
+        memory: JSON file to remember the records in.
+    """
+    path = Path(memory)
+    known = _remembered(path)
+    signatures = {case["label"]: _signature(case, channels, classes) for case in items}
+    pending = [case for case in items if known.get(case["label"], {}).get("signature") != signatures[case["label"]]]
+
+    def attempt(case: dict) -> tuple[dict, dict]:
+        try:
+            return case, examine(case, channels, classes)
+        except UserError as e:
+            return case, {"error": str(e)}
+
+    saved = time.monotonic()
+    try:
+        with ThreadPoolExecutor(workers() + 1) as pool:
+            for case, record in tqdm(
+                pool.map(attempt, pending), total=len(pending), desc="reading", disable=not pending
+            ):
+                # a fault is not remembered: the file may be mended without a change of its size and time
+                signature = None if "error" in record else signatures[case["label"]]
+                names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
+                known[case["label"]] = names | record
+                if time.monotonic() - saved > SAVE_EVERY:
+                    _remember(path, known)
+                    saved = time.monotonic()
+    finally:
+        if pending:
+            _remember(path, known)
+    return [known[case["label"]] for case in items]
+
+
+def _signature(case: dict, channels: int, classes: int) -> list:
+    states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
+    return [channels, classes, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
+
+
+def _remembered(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # damaged: read everything again
+        return {}
+
+
+def _remember(path: Path, known: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(known))
+    partial.replace(path)
+
+
+def check_cases(
+    items: Sequence[dict], channels: int, classes: int, patch_size: Sequence[int], spacing: Sequence[float], memory: str
+) -> None:
+    """Stops a training that cannot end well: reads every case (on the first process) unless it is known already.
+
+    Args:
+        items: cases with "image" and "label".
+        channels: image channels that dataset.json names.
+        classes: labels that dataset.json names, background included.
+        patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
+        spacing: training grid in mm.
+        memory: JSON file that remembers what was read.
+
+    Raises:
+        UserError: one sentence for each bad case.
+    """
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        records = survey(items, channels, classes, memory)
+        faults = [record["error"] for record in records if "error" in record]
+        if len(faults) == 1:
+            raise UserError(faults[0])
+        if faults:
+            raise UserError(f"{len(faults)} of {len(items)} cases cannot be used:\n  " + "\n  ".join(faults))
+        warn_of_small_scans(records, patch_size, spacing)
+    if dist.is_initialized():
+        dist.barrier()
