@@ -1,0 +1,136 @@
+"""A Decathlon folder as an nnU-Net v2 folder and back: `python -m scripts.layouts --source TASK --target DATASET`.
+
+Files that stay as they are become hard links where the file system has them, else copies; only channels that lie in one
+4D file here and in one file each there are written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from .checks import check_same_grid
+from .data import cases, channel_names, image_files, label_names, scans
+from .errors import UserError, command
+from .nifti import read
+
+COPIED = ("name", "description", "reference", "licence", "release")  # of dataset.json, whatever they say
+
+
+def convert_layout(source: str, target: str) -> None:
+    """Writes the other layout of a data set: nnU-Net v2's for a Decathlon folder, Decathlon's for an nnU-Net v2 folder.
+
+    Args:
+        source: folder with dataset.json, imagesTr, labelsTr and perhaps imagesTs.
+        target: folder to make; it must not exist.
+
+    Raises:
+        UserError: `source` is neither, a file is missing or unreadable, or `target` exists.
+    """
+    if Path(target).exists():
+        raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
+    names, labels, training = channel_names(source), label_names(source), cases(source)
+    test = scans(str(Path(source) / "imagesTs"), len(names)) if (Path(source) / "imagesTs").is_dir() else []
+    description = json.loads((Path(source) / "dataset.json").read_text())
+    write = _decathlon if "channel_names" in description else _nnunet
+    partial = Path(f"{target}.part")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
+    write(partial, training, test, names, labels, {key: description[key] for key in COPIED if key in description})
+    partial.rename(target)
+    print(f"wrote {target}: {len(training)} training and {len(test)} test cases, {len(names)} channel(s)")
+
+
+def _nnunet(folder: Path, training: list, test: list, names: list, labels: list, texts: dict) -> None:
+    for part, group in (("imagesTr", training), ("imagesTs", test)):
+        for case in group:
+            files = image_files(case)
+            if len(files) == len(names):
+                for channel, file in enumerate(files):
+                    _place(file, folder / part / f"{case['case']}_{channel:04d}.nii.gz")
+            else:
+                _split(files[0], [folder / part / f"{case['case']}_{c:04d}.nii.gz" for c in range(len(names))])
+    for case in training:
+        _place(case["label"], folder / "labelsTr" / f"{case['case']}.nii.gz")
+    description = {
+        **texts,
+        "channel_names": {str(channel): name for channel, name in enumerate(names)},
+        "labels": {name: value for value, name in enumerate(labels)},
+        "numTraining": len(training),
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(description, indent=4) + "\n")
+
+
+def _decathlon(folder: Path, training: list, test: list, names: list, labels: list, texts: dict) -> None:
+    for part, group in (("imagesTr", training), ("imagesTs", test)):
+        for case in group:
+            files, path = image_files(case), folder / part / f"{case['case']}.nii.gz"
+            _place(files[0], path) if len(files) == 1 else _stack(files, path)
+    for case in training:
+        _place(case["label"], folder / "labelsTr" / f"{case['case']}.nii.gz")
+    description = {
+        **texts,
+        "tensorImageSize": "3D" if len(names) == 1 else "4D",
+        "modality": {str(channel): name for channel, name in enumerate(names)},
+        "labels": {str(value): name for value, name in enumerate(labels)},
+        "numTraining": len(training),
+        "numTest": len(test),
+        "training": [{part: f"./{part}sTr/{c['case']}.nii.gz" for part in ("image", "label")} for c in training],
+        "test": [f"./imagesTs/{case['case']}.nii.gz" for case in test],
+    }
+    (folder / "dataset.json").write_text(json.dumps(description, indent=4) + "\n")
+
+
+def _place(file: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not file.endswith(".gz"):
+        nib.save(nib.load(file), path)
+        return
+    try:
+        os.link(os.path.realpath(file), path)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(file, path)
+
+
+def _split(file: str, paths: list[Path]) -> None:
+    image, voxels = read(file)
+    if voxels.ndim != 4 or voxels.shape[3] != len(paths):
+        raise UserError(
+            f"{file} has the shape {voxels.shape}; dataset.json names {len(paths)} channels: correct either."
+        )
+    for channel, path in enumerate(paths):
+        _write(image, voxels[..., channel], path)
+
+
+def _stack(files: list[str], path: Path) -> None:
+    images, voxels = zip(*map(read, files), strict=True)
+    for file, image in zip(files, images, strict=True):
+        check_same_grid(file, image, files[0], images[0])
+    scales = {(i.dataobj.slope, i.dataobj.inter, v.dtype.str) for i, v in zip(images, voxels, strict=True)}
+    if len(scales) > 1:  # one header cannot say it: store the values themselves
+        values = [v * i.dataobj.slope + i.dataobj.inter for i, v in zip(images, voxels, strict=True)]
+        stacked = nib.Nifti1Image(np.stack(values, axis=-1).astype(np.float32), images[0].affine, images[0].header)
+        stacked.header.set_data_dtype(np.float32)
+        stacked.header.set_slope_inter(1, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(stacked, path)
+    else:
+        _write(images[0], np.stack(voxels, axis=-1), path)
+
+
+def _write(like: nib.Nifti1Image, stored: np.ndarray, path: Path) -> None:
+    """Stored voxels with the affine, type, slope and intercept of `like`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(stored, like.affine, like.header)
+    image.header.set_data_dtype(stored.dtype)
+    image.header.set_slope_inter(like.dataobj.slope, like.dataobj.inter)  # set, nibabel stores the voxels as they are
+    nib.save(image, path)
+
+
+if __name__ == "__main__":
+    command(convert_layout)
