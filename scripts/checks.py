@@ -79,24 +79,29 @@ def check_image(path: str, voxels: np.ndarray) -> None:
         raise UserError(f"{path} has the shape {voxels.shape}; expected a 3D scan, or 4D with the channels last.")
 
 
-def check_label(path: str, label: nib.Nifti1Image, voxels: np.ndarray, classes: int) -> np.ndarray:
-    """A label file's stored voxels against the labels that dataset.json names; returns them as integers."""
+def check_label(path: str, label: nib.Nifti1Image, voxels: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """A label file's stored voxels against the values that dataset.json names; returns each one's place in `values`."""
     stored = np.unique(np.concatenate([np.unique(plane) for plane in voxels]))  # whole volumes would be sorted in int64
     found = stored * label.dataobj.slope + label.dataobj.inter
     unexpected = (
-        [v for v in found if not (abs(v - round(v)) < 1e-3 and 0 <= round(v) < classes)]
+        [v for v in found if not (abs(v - round(v)) < 1e-3 and round(v) in values)]
         if np.isfinite(found).all()
         else found
     )
+    closed = list(values) == list(range(len(values)))
     if len(unexpected):
         shown = ", ".join(f"{v:g}" for v in unexpected[:5])
+        named = f"0 to {len(values) - 1}" if closed else ", ".join(map(str, values))
         raise UserError(
-            f"{path} has the label value {shown}; dataset.json names 0 to {classes - 1}:"
-            " correct the file or dataset.json."
+            f"{path} has the label value {shown}; dataset.json names {named}: correct the file or dataset.json."
         )
-    if (label.dataobj.slope, label.dataobj.inter) == (1.0, 0.0) and np.issubdtype(voxels.dtype, np.integer):
-        return voxels
-    return np.rint(voxels * label.dataobj.slope + label.dataobj.inter).astype(np.int16)
+    plain = (label.dataobj.slope, label.dataobj.inter) == (1.0, 0.0) and np.issubdtype(voxels.dtype, np.integer)
+    integers = voxels if plain else np.rint(voxels * label.dataobj.slope + label.dataobj.inter).astype(np.int16)
+    if closed:
+        return integers
+    index = np.zeros(values[-1] + 1, np.int16)
+    index[list(values)] = np.arange(len(values))
+    return index[integers]
 
 
 def check_same_grid(path: str, one: nib.Nifti1Image, other_path: str, other: nib.Nifti1Image) -> None:

@@ -11,7 +11,14 @@ from .errors import UserError, command
 FORMATS = {"mednext": "this bundle", "mic-dkfz": "MIC-DKFZ/MedNeXt", "monai": "MONAI"}
 EXPORT = {"mednext": dict, "mic-dkfz": checkpoints.to_mic_dkfz, "monai": checkpoints.to_monai}
 COARSE_HEADS = tuple(f"{checkpoints.HEADS}{level}." for level in range(1, 5))
-KEPT = ("labels", "spacing", "patch_size")  # settings beside the target that are not about its earlier weights
+KEPT = (
+    "labels",
+    "label_values",
+    "crop_to_nonzero",
+    "intensity",
+    "spacing",
+    "patch_size",
+)  # settings beside the target that are not about its earlier weights
 
 
 def convert(

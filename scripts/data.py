@@ -74,34 +74,42 @@ def channel_names(dataset_dir: str) -> list[str]:
     return [names[key] for key in sorted(names, key=int)]
 
 
-def label_names(dataset_dir: str) -> list[str]:
-    """Names of the labels by their value, background first, e.g. `["background", "liver", "tumour"]`.
+def labels(dataset_dir: str) -> dict[int, str]:
+    """Names of the labels by the value they have in the label files, e.g. `{0: "background", 1: "edema", 4: "tumour"}`.
 
     Raises:
-        UserError: the values are not 0, 1, 2, .. with one value a name.
+        UserError: a label has no integer value, two have one, or 0 or any other is missing.
     """
     path = Path(dataset_dir) / "dataset.json"
-    labels = _describe(dataset_dir)["labels"]
-    try:  # Decathlon maps value to name, nnU-Net v2 name to value
-        by_value = (
-            {int(k): v for k, v in labels.items()}
-            if all(k.isdigit() for k in labels)
-            else {int(v): k for k, v in labels.items()}
-        )
+    found = _describe(dataset_dir)["labels"]
+    decathlon = all(key.isdigit() for key in found)  # it maps value to name, nnU-Net v2 name to value
+    try:
+        pairs = [(int(key), name) if decathlon else (int(name), key) for key, name in found.items()]
     except (TypeError, ValueError) as e:
         raise UserError(
-            f'{path} gives "labels" {labels}; expected one integer a name (regions are not supported).'
+            f'{path} gives "labels" {found}; expected one integer a name (regions are not supported).'
         ) from e
-    if "ignore" in by_value.values():
+    if "ignore" in dict(pairs).values():
         raise UserError(
             f'{path} has an "ignore" label, which is not supported; remove it from "labels" and the label files.'
         )
-    if sorted(by_value) != list(range(len(labels))) or len(by_value) < 2:
+    values = sorted(value for value, _ in pairs)
+    if len(set(values)) < len(values) or values[0] != 0 or len(values) < 2 or values[-1] > 32767:
         raise UserError(
-            f'{path} gives "labels" the values {sorted(by_value)}; expected 0 (background), 1, 2, .. without gaps'
-            " or repetitions and at least one foreground label; renumber them in dataset.json and the label files."
+            f'{path} gives "labels" the values {values}; expected 0 (background) and at least one foreground label, up to'
+            " 32767, each once; correct dataset.json."
         )
-    return [by_value[v] for v in range(len(by_value))]
+    return dict(sorted(pairs))
+
+
+def label_names(dataset_dir: str) -> list[str]:
+    """Names of the labels by channel of the network, background first, e.g. `["background", "edema", "tumour"]`."""
+    return list(labels(dataset_dir).values())
+
+
+def label_values(dataset_dir: str) -> list[int]:
+    """Values of the labels in the files, in the order of `label_names`, e.g. `[0, 1, 4]`: gaps are closed inside."""
+    return list(labels(dataset_dir))
 
 
 def listed_cases(dataset_dir: str) -> int | None:

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from .checks import check_same_grid
-from .data import cases, channel_names, image_files, label_names, scans
+from .data import cases, channel_names, image_files, labels, scans
 from .errors import UserError, command
 from .nifti import read
 
@@ -34,18 +34,18 @@ def convert_layout(source: str, target: str) -> None:
     """
     if Path(target).exists():
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
-    names, labels, training = channel_names(source), label_names(source), cases(source)
+    names, values, training = channel_names(source), labels(source), cases(source)
     test = scans(str(Path(source) / "imagesTs"), len(names)) if (Path(source) / "imagesTs").is_dir() else []
     description = json.loads((Path(source) / "dataset.json").read_text())
     write = _decathlon if "channel_names" in description else _nnunet
     partial = Path(f"{target}.part")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
-    write(partial, training, test, names, labels, {key: description[key] for key in COPIED if key in description})
+    write(partial, training, test, names, values, {key: description[key] for key in COPIED if key in description})
     partial.rename(target)
     print(f"wrote {target}: {len(training)} training and {len(test)} test cases, {len(names)} channel(s)")
 
 
-def _nnunet(folder: Path, training: list, test: list, names: list, labels: list, texts: dict) -> None:
+def _nnunet(folder: Path, training: list, test: list, names: list, values: dict, texts: dict) -> None:
     for part, group in (("imagesTr", training), ("imagesTs", test)):
         for case in group:
             files = image_files(case)
@@ -59,14 +59,14 @@ def _nnunet(folder: Path, training: list, test: list, names: list, labels: list,
     description = {
         **texts,
         "channel_names": {str(channel): name for channel, name in enumerate(names)},
-        "labels": {name: value for value, name in enumerate(labels)},
+        "labels": {name: value for value, name in values.items()},
         "numTraining": len(training),
         "file_ending": ".nii.gz",
     }
     (folder / "dataset.json").write_text(json.dumps(description, indent=4) + "\n")
 
 
-def _decathlon(folder: Path, training: list, test: list, names: list, labels: list, texts: dict) -> None:
+def _decathlon(folder: Path, training: list, test: list, names: list, values: dict, texts: dict) -> None:
     for part, group in (("imagesTr", training), ("imagesTs", test)):
         for case in group:
             files, path = image_files(case), folder / part / f"{case['case']}.nii.gz"
@@ -77,7 +77,7 @@ def _decathlon(folder: Path, training: list, test: list, names: list, labels: li
         **texts,
         "tensorImageSize": "3D" if len(names) == 1 else "4D",
         "modality": {str(channel): name for channel, name in enumerate(names)},
-        "labels": {str(value): name for value, name in enumerate(labels)},
+        "labels": {str(value): name for value, name in values.items()},
         "numTraining": len(training),
         "numTest": len(test),
         "training": [{part: f"./{part}sTr/{c['case']}.nii.gz" for part in ("image", "label")} for c in training],

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import cases, channel_names, label_names
+from .data import cases, channel_names, label_names, label_values
 from .errors import UserError
 from .figures import fingerprint_page
 from .mednext import create_mednext
@@ -211,7 +211,7 @@ def planning(
         UserError: `output` is there and says something else, or no case can be read.
     """
     labels = label_names(dataset_dir)
-    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), len(labels), memory)
+    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), label_values(dataset_dir), memory)
     usable = [record for record in records if "error" not in record]
     for record in records:
         if "error" in record:

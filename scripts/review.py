@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import cases, channel_names, image_files, label_names, listed_cases, scan_files
+from .data import cases, channel_names, image_files, label_names, label_values, listed_cases, scan_files
 from .errors import UserError
 from .survey import survey
 
@@ -152,7 +152,7 @@ def review(dataset_dir: str, memory: str) -> list[Finding]:
         UserError: the folder or its dataset.json cannot be used at all.
     """
     labels = label_names(dataset_dir)
-    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), len(labels), memory)
+    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), label_values(dataset_dir), memory)
     faults = [Finding("error", r["case"], r["file"], r["error"]) for r in records if "error" in r]
     usable = [record for record in records if "error" not in record]
     return [*faults, *unlisted(dataset_dir), *(finding for check in REVIEWS for finding in check(usable, labels))]

@@ -26,17 +26,17 @@ SAVE_EVERY = 20  # seconds
 logger = logging.getLogger("mednext")
 
 
-def examine(case: dict, channels: int, classes: int) -> dict:
+def examine(case: dict, channels: int, values: Sequence[int]) -> dict:
     """All checks of one case, and its measures; nothing stays in memory.
 
     Args:
         case: "case", "image" and "label", see data.py.
         channels: image channels that dataset.json names.
-        classes: labels that dataset.json names, background included.
+        values: of the labels that dataset.json names, background first.
 
     Returns:
         orientation ("RAS" ..); in the order of RAS axes: shape (voxels), spacing (mm), cropped (shape of the smallest
-        box with all non-zero voxels); labels (voxels of each value); channels (mean, std of non-zero voxels);
+        box with all non-zero voxels); labels (voxels of each label); channels (mean, std of non-zero voxels);
         foreground (of each channel: mean, std, min, max and QUANTILES of the voxels with a label, None where there are
         none); digest (of the image's voxels).
 
@@ -51,17 +51,17 @@ def examine(case: dict, channels: int, classes: int) -> dict:
         if first is None:
             first = image
             check_same_grid(case["label"], label_image, path, image)
-            label = check_label(case["label"], label_image, label, classes)
+            label = check_label(case["label"], label_image, label, values)
             foreground = label > 0
             filled = [np.zeros(n, dtype=bool) for n in voxels.shape]
         check_same_grid(path, image, paths[0], first)
         digest.update(np.ascontiguousarray(voxels))
-        values = image.dataobj.slope, image.dataobj.inter
-        nonzero = voxels != 0 if values == (1.0, 0.0) else voxels * values[0] + values[1] != 0
+        scale = image.dataobj.slope, image.dataobj.inter
+        nonzero = voxels != 0 if scale == (1.0, 0.0) else voxels * scale[0] + scale[1] != 0
         for axis, occupied in enumerate(filled):
             occupied |= nonzero.any(axis=tuple(a for a in range(3) if a != axis))
-        everywhere.append(_moments(voxels[nonzero], *values))
-        inside.append(_moments(voxels[foreground], *values, quantiles=True))
+        everywhere.append(_moments(voxels[nonzero], *scale))
+        inside.append(_moments(voxels[foreground], *scale, quantiles=True))
     if len(inside) != channels:
         raise UserError(
             f"{paths[0]} and its case have {len(inside)} channels; dataset.json names {channels}: correct either."
@@ -76,7 +76,7 @@ def examine(case: dict, channels: int, classes: int) -> dict:
         "spacing": [float(first.header.get_zooms()[axis]) for axis in ras],
         "orientation": "".join(nib.aff2axcodes(first.affine)),
         "cropped": [cropped[axis] for axis in ras],
-        "labels": sum(np.bincount(plane.ravel(), minlength=classes) for plane in label).tolist(),
+        "labels": sum(np.bincount(plane.ravel(), minlength=len(values)) for plane in label).tolist(),
         "channels": everywhere,
         "foreground": inside,
         "digest": digest.hexdigest(),
@@ -103,7 +103,7 @@ def _moments(stored: np.ndarray, slope: float, intercept: float, quantiles: bool
     return found
 
 
-def survey(items: Sequence[dict], channels: int, classes: int, memory: str) -> list[dict]:
+def survey(items: Sequence[dict], channels: int, values: Sequence[int], memory: str) -> list[dict]:
     """The records of all cases: `examine`'s, with "case", "file" and, where it cannot be used, "error" alone.
 
     Cases that were read before and have not changed since, by size and time of their files, are not read again; what
@@ -112,17 +112,17 @@ def survey(items: Sequence[dict], channels: int, classes: int, memory: str) -> l
     Args:
         items: cases with "image" and "label".
         channels: image channels that dataset.json names.
-        classes: labels that dataset.json names, background included.
+        values: of the labels that dataset.json names, background first.
         memory: JSON file to remember the records in.
     """
     path = Path(memory)
     known = _remembered(path)
-    signatures = {case["label"]: _signature(case, channels, classes) for case in items}
+    signatures = {case["label"]: _signature(case, channels, values) for case in items}
     pending = [case for case in items if known.get(case["label"], {}).get("signature") != signatures[case["label"]]]
 
     def attempt(case: dict) -> tuple[dict, dict]:
         try:
-            return case, examine(case, channels, classes)
+            return case, examine(case, channels, values)
         except UserError as e:
             return case, {"error": str(e)}
 
@@ -145,9 +145,9 @@ def survey(items: Sequence[dict], channels: int, classes: int, memory: str) -> l
     return [known[case["label"]] for case in items]
 
 
-def _signature(case: dict, channels: int, classes: int) -> list:
+def _signature(case: dict, channels: int, values: Sequence[int]) -> list:
     states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
-    return [channels, classes, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
+    return [channels, list(values), *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
 
 
 def _remembered(path: Path) -> dict:
@@ -165,14 +165,19 @@ def _remember(path: Path, known: dict) -> None:
 
 
 def check_cases(
-    items: Sequence[dict], channels: int, classes: int, patch_size: Sequence[int], spacing: Sequence[float], memory: str
+    items: Sequence[dict],
+    channels: int,
+    values: Sequence[int],
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    memory: str,
 ) -> None:
     """Stops a training that cannot end well: reads every case (on the first process) unless it is known already.
 
     Args:
         items: cases with "image" and "label".
         channels: image channels that dataset.json names.
-        classes: labels that dataset.json names, background included.
+        values: of the labels that dataset.json names, background first.
         patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
         spacing: training grid in mm.
         memory: JSON file that remembers what was read.
@@ -181,7 +186,7 @@ def check_cases(
         UserError: one sentence for each bad case.
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        records = survey(items, channels, classes, memory)
+        records = survey(items, channels, values, memory)
         faults = [record["error"] for record in records if "error" in record]
         if len(faults) == 1:
             raise UserError(faults[0])

@@ -148,6 +148,28 @@ def labels_on_grid(
     return labels
 
 
+class LabelValuesd(MapTransform):
+    """The network's labels 0, 1, 2, .. -> the values they have in the data set's files, whose gaps are closed inside.
+
+    Args:
+        keys: labels (1, *space), integers.
+        values: of each label, or None where they are 0, 1, 2, ..
+    """
+
+    def __init__(self, keys: KeysCollection, values: Sequence[int] | None) -> None:
+        super().__init__(keys)
+        closed = values is None or list(values) == list(range(len(values)))
+        self.values = None if closed else torch.tensor(values, dtype=torch.uint8 if max(values) < 256 else torch.int16)
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        for key in self.key_iterator(out) if self.values is not None else ():
+            labels = out[key]
+            mapped = self.values[labels.as_tensor().long() if isinstance(labels, MetaTensor) else labels.long()]
+            out[key] = MetaTensor(mapped, meta=labels.meta) if isinstance(labels, MetaTensor) else mapped
+        return out
+
+
 class LabelWriter(NibabelWriter):
     """MONAI's NIfTI writer that keeps a single-slice scan 3D and says in the header that lengths are millimetres."""
 

@@ -89,14 +89,15 @@ def test_a_fold_out_of_range_is_refused(fold, phantom_dir):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": {"background": 0, "tumour": 2}}, "values \\[0, 2\\]; expected 0"),
+        ({"labels": {"organ": 1, "tumour": 2}}, "values \\[1, 2\\]; expected 0"),
+        ({"labels": {"background": 0, "organ": 1, "tumour": 1}}, "values \\[0, 1, 1\\]; expected 0"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "one integer a name"),
         ({"labels": {"background": 0, "organ": 1, "ignore": 2}}, "ignore"),
         ({"labels": {"background": 0}}, "at least one foreground"),
         ({"labels": None}, 'has no "labels" dictionary'),
         ({"file_ending": ".png"}, "'.png'; expected .nii.gz"),
     ],
-    ids=["gap", "regions", "ignore label", "no foreground", "no labels", "file ending"],
+    ids=["no background", "one value twice", "regions", "ignore label", "no foreground", "no labels", "file ending"],
 )
 def test_a_dataset_json_that_cannot_be_used_is_refused(changes, message, tmp_path):
     folder = nnunet_folder(tmp_path, **changes)

@@ -189,7 +189,7 @@ class TestCommand:
 @pytest.mark.skipif(not (SHARED / "Task04_Hippocampus").is_dir(), reason="needs the Decathlon's Task04_Hippocampus")
 def test_the_hippocampus_is_planned_as_its_recipe_says(tmp_path):
     folder = str(SHARED / "Task04_Hippocampus")
-    overlay = plan.plan(folder, survey(cases(folder), 1, 3, str(tmp_path / "memory.json")))
+    overlay = plan.plan(folder, survey(cases(folder), 1, [0, 1, 2], str(tmp_path / "memory.json")))
     recipe = json.loads((ROOT / "configs/recipes/hippocampus.json").read_text())
     assert overlay["patch_size"] == recipe["patch_size"]
     assert (overlay["intensity"], overlay["crop_to_nonzero"], overlay["batch_dice"]) == ("zscore", False, False)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import save
 
-from scripts.data import cases, channel_names, label_names
+from scripts.data import cases, channel_names, label_values
 from scripts.survey import QUANTILES, examine, survey
 
 
 def read_all(folder: Path, memory: Path) -> list[dict]:
-    return survey(cases(str(folder)), len(channel_names(str(folder))), len(label_names(str(folder))), str(memory))
+    return survey(cases(str(folder)), len(channel_names(str(folder))), label_values(str(folder)), str(memory))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def case(tmp_path) -> dict:
 
 
 def test_measures_are_those_of_the_files(case):
-    record = examine(case, channels=2, classes=3)
+    record = examine(case, channels=2, values=[0, 1, 2])
     label = np.asarray(nib.load(case["label"]).dataobj)
     assert (record["shape"], record["orientation"]) == ([10, 8, 6], "LAS")
     assert record["spacing"] == [1.5, 2.0, 3.0]
@@ -57,7 +57,7 @@ def test_measures_are_those_of_the_files(case):
         assert record["channels"][channel]["mean"] == pytest.approx(values[values != 0].mean(), rel=1e-6)
     assert record["cropped"] == [10, 8, 6]  # stored zeros are 5 in the second channel
     del case["image"][1]
-    assert examine(case, channels=1, classes=3)["cropped"] == [8, 8, 5]
+    assert examine(case, channels=1, values=[0, 1, 2])["cropped"] == [8, 8, 5]
 
 
 def test_axes_are_in_the_order_of_the_networks_grid(tmp_path):
@@ -66,7 +66,7 @@ def test_axes_are_in_the_order_of_the_networks_grid(tmp_path):
     save(tmp_path / "image.nii.gz", voxels, affine)
     save(tmp_path / "label.nii.gz", voxels.astype(np.uint8), affine)
     record = examine(
-        {"case": "c", "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}, 1, 2
+        {"case": "c", "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}, 1, [0, 1]
     )
     assert (record["shape"], record["spacing"]) == ([7, 5, 6], [4.0, 1.0, 2.0])
 

@@ -255,3 +255,32 @@ def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, 
     )  # fmt: skip
     scored = [(r["case"], r["label"]) for r in rows(tmp_path / "cases.csv")]
     assert scored == [(f"phantom_0{i}", label) for i in range(5) for label in ("low", "middle", "high")]
+
+
+def test_gaps_in_label_values_are_closed_inside_and_back_in_every_mask(phantom_dir, tmp_path):
+    """As in BraTS, whose labels are 0, 1, 2, 4."""
+    folder, values = tmp_path / "data", np.array([0, 2, 5, 300])
+    shutil.copytree(phantom_dir, folder)
+    for path in (folder / "labelsTr").iterdir():
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(values[np.asarray(image.dataobj).astype(int)].astype(np.int16), image.affine), path)
+    description = json.loads((folder / "dataset.json").read_text())
+    names = dict(zip(map(str, values), description["labels"].values(), strict=True))
+    (folder / "dataset.json").write_text(json.dumps({**description, "labels": names}))
+    common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "out")
+    bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, "--iterations", 4)
+    assert json.loads((tmp_path / "models/model.json").read_text())["label_values"] == values.tolist()
+
+    bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
+    scored = {(row["case"], row["label"]): float(row["dice"]) for row in rows(tmp_path / "out/cases.csv")}
+    for case in validation_cases(str(folder), 0):
+        mask = np.asarray(nib.load(tmp_path / "out/predictions" / f"{case['case']}_seg.nii.gz").dataobj)
+        truth = np.asarray(nib.load(case["label"]).dataobj)
+        assert set(np.unique(mask)) <= set(values)
+        for value, name in zip(values[1:], list(names.values())[1:], strict=True):
+            both = 2 * ((mask == value) & (truth == value)).sum() / ((mask == value).sum() + (truth == value).sum())
+            assert scored[case["case"], name] == pytest.approx(both, abs=1e-4)
+
+    scan = folder / "imagesTs/phantom_05.nii.gz"
+    bundle(*overlays("inference"), *common[2:], "--dataset_dir", scan)
+    assert set(np.unique(nib.load(tmp_path / "out/phantom_05_seg.nii.gz").dataobj)) <= set(values)
