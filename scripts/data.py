@@ -96,8 +96,8 @@ def labels(dataset_dir: str) -> dict[int, str]:
     values = sorted(value for value, _ in pairs)
     if len(set(values)) < len(values) or values[0] != 0 or len(values) < 2 or values[-1] > 32767:
         raise UserError(
-            f'{path} gives "labels" the values {values}; expected 0 (background) and at least one foreground label, up to'
-            " 32767, each once; correct dataset.json."
+            f'{path} gives "labels" the values {values}; expected 0 (background) and at least one foreground label,'
+            " up to 32767, each once; correct dataset.json."
         )
     return dict(sorted(pairs))
 

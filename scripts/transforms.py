@@ -101,20 +101,46 @@ class LabelsOnScanGridd(MapTransform):
         return out
 
 
+class LabelOnImageGridd(MapTransform):
+    """A label map -> the grid of its image, linearly per label as nnU-Net does, not by nearest neighbours.
+
+    Args:
+        keys: labels (1, *stored grid), MetaTensors of 0, 1, 2, ..; replaced by (1, *image grid) on the image's affine.
+        reference: the image.
+        classes: number of labels, background included.
+    """
+
+    def __init__(self, keys: KeysCollection, classes: int, reference: str = "image") -> None:
+        super().__init__(keys)
+        self.reference, self.classes = reference, classes
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        image = data[self.reference]
+        for key in self.key_iterator(out):
+            label = out[key]
+            found = labels_on_grid(label, label.affine, image.affine, image.shape[1:], self.classes)
+            out[key] = MetaTensor(found[None], affine=image.affine, meta={**label.meta, "affine": image.affine})
+        return out
+
+
 def labels_on_grid(
     logits: torch.Tensor,
     affine: torch.Tensor,
     target_affine: torch.Tensor,
     shape: Sequence[int],
+    classes: int | None = None,
     slab_voxels: int = 2**21,
 ) -> torch.Tensor:
     """The class of the largest linearly interpolated logit at each voxel of another grid; 0 outside the logits' grid.
 
     Args:
-        logits: (classes, X, Y, Z), any floating type and device.
+        logits: (classes, X, Y, Z), any floating type and device; or a label map (1, X, Y, Z) of 0 .. `classes` - 1,
+            each voxel of which counts as a logit of 1.
         affine: 4 x 4, logits voxel -> world (mm).
         target_affine: 4 x 4, target voxel -> world (mm).
         shape: voxels of the target grid.
+        classes: number of labels where `logits` is a label map.
         slab_voxels: how many target voxels are computed at once.
 
     Returns:
@@ -123,7 +149,7 @@ def labels_on_grid(
     logits = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
     to_logits = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()  # target voxel -> logits voxel
     size = torch.tensor(logits.shape[1:], dtype=torch.float64)
-    labels = torch.empty(list(shape), dtype=torch.uint8 if len(logits) <= 256 else torch.int16)
+    labels = torch.empty(list(shape), dtype=torch.uint8 if (classes or len(logits)) <= 256 else torch.int16)
     rows = max(1, slab_voxels // (shape[1] * shape[2]))
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
@@ -137,6 +163,8 @@ def labels_on_grid(
         low = at.amin(dim=(0, 1, 2)).floor().clamp(min=0).minimum(size - 1).long()
         high = at.amax(dim=(0, 1, 2)).ceil().clamp(min=0).minimum(size - 1).long() + 1
         part = logits[(slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))]
+        if classes is not None:
+            part = F.one_hot(part[0].long(), classes).movedim(-1, 0)
         extent = torch.tensor(part.shape[1:], dtype=torch.float64)
         grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
         values = F.grid_sample(

@@ -8,11 +8,20 @@ import torch
 from conftest import GRIDS, grid, save, save_without_spacing, world
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose, LoadImage
+from monai.transforms import Compose, LoadImage, Orientation, ResampleToMatch, Spacing
 
 from scripts.data import case_name
 from scripts.errors import UserError
-from scripts.transforms import CheckScand, GridSpacingd, LabelsOnScanGridd, RandPatchd, crop_size, labels_on_grid
+from scripts.transforms import (
+    CheckScand,
+    GridSpacingd,
+    LabelOnImageGridd,
+    LabelsOnScanGridd,
+    LabelValuesd,
+    RandPatchd,
+    crop_size,
+    labels_on_grid,
+)
 
 RADIUS = 13.0  # mm
 
@@ -89,6 +98,58 @@ def test_same_grid_is_plain_argmax():
     torch.manual_seed(0)
     logits = torch.randn(5, 9, 8, 7)
     assert torch.equal(labels_on_grid(logits, torch.eye(4), torch.eye(4), (9, 8, 7)), logits.argmax(0).byte())
+
+
+def two_balls(at: np.ndarray) -> np.ndarray:
+    """Labels 1 and 2 at points in mm (*, 3) about the middle of a grid."""
+    first = np.linalg.norm(at - (-8.3, 1.2, 0.7), axis=-1) < 9
+    second = np.linalg.norm(at - (9.1, -2.4, -1.3), axis=-1) < 7
+    return first + 2 * second
+
+
+def label_on(shape: tuple[int, ...], affine: np.ndarray) -> tuple[MetaTensor, np.ndarray]:
+    """The two balls drawn on a grid, and the grid's middle in mm."""
+    points = world(shape, affine)
+    middle = points.reshape(-1, 3).mean(0)
+    return MetaTensor(two_balls(points - middle)[None].astype(np.float32), affine=affine), middle
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_label_on_its_images_grid_is_where_it_was_and_closer_than_by_nearest_neighbours(kind):
+    label, middle = label_on(*grid(kind))
+    straight = Orientation("RAS", labels=None)(label.clone())
+    image = Spacing((1.0, 1.0, 1.0), scale_extent=True, align_corners=False)(straight)
+    found = LabelOnImageGridd("label", classes=3)({"label": label, "image": image})["label"]
+    np.testing.assert_allclose(found.affine, image.affine)
+    points = world(tuple(image.shape[1:]), image.affine.numpy())
+    truth, nearest = two_balls(points - middle), ResampleToMatch(mode="nearest", padding_mode="border")(label, image)
+
+    def dice(labels: np.ndarray) -> float:
+        return np.mean(
+            [2 * ((labels == c) & (truth == c)).sum() / ((labels == c).sum() + (truth == c).sum()) for c in (1, 2)]
+        )
+
+    assert dice(found[0].numpy()) > dice(nearest[0].numpy().round())
+    for c in (1, 2):  # half a millimetre is half a voxel
+        assert np.linalg.norm(points[found[0].numpy() == c].mean(0) - points[truth == c].mean(0)) < 0.5
+
+
+def test_a_label_on_its_own_grid_stays_as_it_is():
+    label, _ = label_on(*grid("oblique"))
+    found = LabelOnImageGridd("label", classes=3)({"label": label, "image": label})["label"]
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.float(), label)
+
+
+def test_values_of_the_files_are_put_back():
+    labels = MetaTensor(
+        torch.tensor([[[[0, 1, 2]]]], dtype=torch.uint8), affine=torch.diag(torch.tensor([2.0, 2, 2, 1]))
+    )
+    found = LabelValuesd("pred", [0, 2, 300])({"pred": labels})["pred"]
+    assert found.tolist() == [[[[0, 2, 300]]]]
+    assert torch.equal(found.affine, labels.affine)
+    for closed in (None, [0, 1, 2]):
+        assert LabelValuesd("pred", closed)({"pred": labels})["pred"] is labels
 
 
 def test_spacing_ignores_entries_that_share_the_prefix():
