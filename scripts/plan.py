@@ -88,7 +88,8 @@ def patch_size(shape: Sequence[float], spacing: Sequence[float]) -> list[int]:
     aspect = np.prod(spacing) ** (1 / 3) / np.array(spacing)
     wanted = np.maximum(np.round(PATCH * aspect / STEP), 1) * STEP
     found = np.minimum(wanted, np.ceil(np.array(shape) / STEP) * STEP)
-    found[int(np.argmax(shape))] = max(found.max(), 2 * STEP)  # the coarsest level needs two voxels on one axis
+    if found.max() < 2 * STEP:  # the coarsest level needs two voxels on one axis
+        found[int(np.argmax(shape))] = 2 * STEP
     return [int(n) for n in found]
 
 
