@@ -132,7 +132,7 @@ def survey(items: Sequence[dict], channels: int, values: Sequence[int], memory: 
             for case, record in tqdm(
                 pool.map(attempt, pending), total=len(pending), desc="reading", disable=not pending
             ):
-                # a fault is not remembered: the file may be mended without a change of its size and time
+                # a fault is not remembered: it may have been the disk's or the network's
                 signature = None if "error" in record else signatures[case["label"]]
                 names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
                 known[case["label"]] = names | record

@@ -12,6 +12,7 @@ import pytest
 from conftest import save
 
 from scripts.data import cases, channel_names, label_values
+from scripts.errors import UserError
 from scripts.survey import QUANTILES, examine, survey
 
 
@@ -58,6 +59,26 @@ def test_measures_are_those_of_the_files(case):
     assert record["cropped"] == [10, 8, 6]  # stored zeros are 5 in the second channel
     del case["image"][1]
     assert examine(case, channels=1, values=[0, 1, 2])["cropped"] == [8, 8, 5]
+
+
+def test_gaps_in_label_values_are_closed(case):
+    path = case["label"]
+    label = np.asarray(nib.load(path).dataobj)
+    save(Path(path), np.array([0, 2, 300], np.int16)[label], nib.load(path).affine)
+    record = examine(case, channels=2, values=[0, 2, 300])
+    assert record["labels"] == [10 * 8 * 6 - 28, 27, 1]
+    with pytest.raises(UserError, match="label.nii.gz has the label value 300; dataset.json names 0, 2, 4: correct"):
+        examine(case, channels=2, values=[0, 2, 4])
+
+
+def test_a_fault_is_looked_at_again_though_the_files_are_the_same(phantom_dir, tmp_path, monkeypatch):
+    def unplugged(case, *arguments):
+        raise UserError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.survey.examine", unplugged)
+        assert all(record["error"] == "the disk is gone" for record in read_all(phantom_dir, tmp_path / "memory.json"))
+    assert not any("error" in record for record in read_all(phantom_dir, tmp_path / "memory.json"))
 
 
 def test_axes_are_in_the_order_of_the_networks_grid(tmp_path):
