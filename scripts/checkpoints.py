@@ -18,6 +18,7 @@ from torch import nn
 
 from .architecture import Shapes, describe, explain, shapes
 from .errors import UserError
+from .files import write_whole
 
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile, torch's checkpoint wrapper
 HEADS = "out_"  # prefix of the heads, all that a new set of classes changes
@@ -88,11 +89,7 @@ def _numpy_scalars() -> list:
 
 def save(content: dict, path: str | Path) -> None:
     """Writes a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    torch.save(content, partial)
-    partial.replace(path)
+    write_whole(path, lambda partial: torch.save(content, partial))
 
 
 def read(path: str | Path) -> Weights:

@@ -1,7 +1,7 @@
-"""Turns away what would waste a night: settings, files and whole data sets. One function a check.
+"""Turns away what would waste a night: settings and single files. One function a check.
 
 What makes a training impossible is a UserError that names the file, both values and the fix; what a person should look
-at is a warning.
+at in the data set as a whole is in review.py.
 """
 
 from __future__ import annotations

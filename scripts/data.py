@@ -46,7 +46,12 @@ def _is_scan(path: Path) -> bool:
 # ---- the dataset.json of a training folder
 
 
-def _describe(dataset_dir: str) -> dict:
+def dataset_json(dataset_dir: str) -> dict:
+    """The folder's dataset.json, with its labels and channels.
+
+    Raises:
+        UserError: no such folder or file, not JSON, or no dictionaries of labels and channels in it.
+    """
     folder = Path(dataset_dir)
     if not folder.is_dir():
         raise UserError(f"dataset_dir {dataset_dir} does not exist; give the folder that holds dataset.json.")
@@ -69,7 +74,7 @@ def _describe(dataset_dir: str) -> dict:
 
 def channel_names(dataset_dir: str) -> list[str]:
     """Names of the image channels in order, e.g. `["FLAIR", "T1"]`."""
-    description = _describe(dataset_dir)
+    description = dataset_json(dataset_dir)
     names = description.get("channel_names", description.get("modality"))
     return [names[key] for key in sorted(names, key=int)]
 
@@ -81,7 +86,7 @@ def labels(dataset_dir: str) -> dict[int, str]:
         UserError: a label has no integer value, two have one, or 0 or any other is missing.
     """
     path = Path(dataset_dir) / "dataset.json"
-    found = _describe(dataset_dir)["labels"]
+    found = dataset_json(dataset_dir)["labels"]
     decathlon = all(key.isdigit() for key in found)  # it maps value to name, nnU-Net v2 name to value
     try:
         pairs = [(int(key), name) if decathlon else (int(name), key) for key, name in found.items()]
@@ -112,18 +117,13 @@ def label_values(dataset_dir: str) -> list[int]:
     return list(labels(dataset_dir))
 
 
-def listed_cases(dataset_dir: str) -> int | None:
-    """How many cases dataset.json says there are, if it does."""
-    return _describe(dataset_dir).get("numTraining")
-
-
 def cases(dataset_dir: str) -> list[dict]:
     """All labelled cases of the folder, sorted by name.
 
     Raises:
         UserError: a folder or file is missing, two cases have one name, or there are fewer than two cases.
     """
-    description = _describe(dataset_dir)
+    description = dataset_json(dataset_dir)
     folder = Path(dataset_dir)
     found = (
         _decathlon_cases(folder, description)

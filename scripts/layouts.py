@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from .checks import check_same_grid
-from .data import cases, channel_names, image_files, labels, scans
+from .data import cases, channel_names, dataset_json, image_files, labels, scans
 from .errors import UserError, command
 from .nifti import read
 
@@ -36,54 +36,57 @@ def convert_layout(source: str, target: str) -> None:
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
     names, values, training = channel_names(source), labels(source), cases(source)
     test = scans(str(Path(source) / "imagesTs"), len(names)) if (Path(source) / "imagesTs").is_dir() else []
-    description = json.loads((Path(source) / "dataset.json").read_text())
-    write = _decathlon if "channel_names" in description else _nnunet
+    given = dataset_json(source)
+    place, describe = (
+        (_decathlon_images, _decathlon_json) if "channel_names" in given else (_nnunet_images, _nnunet_json)
+    )
     partial = Path(f"{target}.part")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
-    write(partial, training, test, names, values, {key: description[key] for key in COPIED if key in description})
+    for folder, group in (("imagesTr", training), ("imagesTs", test)):
+        for case in group:
+            place(case, partial / folder, len(names))
+    for case in training:
+        _place(case["label"], partial / "labelsTr" / f"{case['case']}.nii.gz")
+    texts = {key: given[key] for key in COPIED if key in given}
+    made = texts | describe([c["case"] for c in training], [c["case"] for c in test], names, values)
+    (partial / "dataset.json").write_text(json.dumps(made, indent=4) + "\n")
     partial.rename(target)
     print(f"wrote {target}: {len(training)} training and {len(test)} test cases, {len(names)} channel(s)")
 
 
-def _nnunet(folder: Path, training: list, test: list, names: list, values: dict, texts: dict) -> None:
-    for part, group in (("imagesTr", training), ("imagesTs", test)):
-        for case in group:
-            files = image_files(case)
-            if len(files) == len(names):
-                for channel, file in enumerate(files):
-                    _place(file, folder / part / f"{case['case']}_{channel:04d}.nii.gz")
-            else:
-                _split(files[0], [folder / part / f"{case['case']}_{c:04d}.nii.gz" for c in range(len(names))])
-    for case in training:
-        _place(case["label"], folder / "labelsTr" / f"{case['case']}.nii.gz")
-    description = {
-        **texts,
+def _nnunet_images(case: dict, folder: Path, channels: int) -> None:
+    files, paths = image_files(case), [folder / f"{case['case']}_{channel:04d}.nii.gz" for channel in range(channels)]
+    if len(files) == 1 and channels > 1:
+        _split(files[0], paths)
+    else:
+        for file, path in zip(files, paths, strict=True):
+            _place(file, path)
+
+
+def _decathlon_images(case: dict, folder: Path, channels: int) -> None:
+    files, path = image_files(case), folder / f"{case['case']}.nii.gz"
+    _place(files[0], path) if len(files) == 1 else _stack(files, path)
+
+
+def _nnunet_json(training: list[str], test: list[str], names: list[str], values: dict[int, str]) -> dict:
+    return {
         "channel_names": {str(channel): name for channel, name in enumerate(names)},
         "labels": {name: value for value, name in values.items()},
         "numTraining": len(training),
         "file_ending": ".nii.gz",
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=4) + "\n")
 
 
-def _decathlon(folder: Path, training: list, test: list, names: list, values: dict, texts: dict) -> None:
-    for part, group in (("imagesTr", training), ("imagesTs", test)):
-        for case in group:
-            files, path = image_files(case), folder / part / f"{case['case']}.nii.gz"
-            _place(files[0], path) if len(files) == 1 else _stack(files, path)
-    for case in training:
-        _place(case["label"], folder / "labelsTr" / f"{case['case']}.nii.gz")
-    description = {
-        **texts,
+def _decathlon_json(training: list[str], test: list[str], names: list[str], values: dict[int, str]) -> dict:
+    return {
         "tensorImageSize": "3D" if len(names) == 1 else "4D",
         "modality": {str(channel): name for channel, name in enumerate(names)},
         "labels": {str(value): name for value, name in values.items()},
         "numTraining": len(training),
         "numTest": len(test),
-        "training": [{part: f"./{part}sTr/{c['case']}.nii.gz" for part in ("image", "label")} for c in training],
-        "test": [f"./imagesTs/{case['case']}.nii.gz" for case in test],
+        "training": [{part: f"./{part}sTr/{name}.nii.gz" for part in ("image", "label")} for name in training],
+        "test": [f"./imagesTs/{name}.nii.gz" for name in test],
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=4) + "\n")
 
 
 def _place(file: str, path: Path) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import cases, channel_names, label_names, label_values
+from .data import channel_names, label_names
 from .errors import UserError
 from .figures import fingerprint_page
 from .mednext import create_mednext
 from .memory import kept_bytes
-from .survey import QUANTILES, survey
+from .survey import QUANTILES, survey_folder
 
 PATCH = 128  # voxels, as published
 STEP = 16  # what the network halves four times
@@ -212,7 +212,7 @@ def planning(
         UserError: `output` is there and says something else, or no case can be read.
     """
     labels = label_names(dataset_dir)
-    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), label_values(dataset_dir), memory)
+    records = survey_folder(dataset_dir, memory)
     usable = [record for record in records if "error" not in record]
     for record in records:
         if "error" in record:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import cases, channel_names, image_files, label_names, label_values, listed_cases, scan_files
+from .data import cases, dataset_json, image_files, label_names, scan_files
 from .errors import UserError
-from .survey import survey
+from .survey import survey_folder
 
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
@@ -135,7 +135,7 @@ def unlisted(dataset_dir: str) -> Iterator[Finding]:
             yield Finding(
                 "warning", "", str(file), f"{file} belongs to no case of dataset.json; add it there or remove it."
             )
-    said = listed_cases(dataset_dir)
+    said = dataset_json(dataset_dir).get("numTraining")
     if said not in (None, len(items)):
         message = f'{folder / "dataset.json"} says "numTraining" {said}, the folder has {len(items)} cases; correct it.'
         yield Finding("warning", "", "dataset.json", message)
@@ -152,7 +152,7 @@ def review(dataset_dir: str, memory: str) -> list[Finding]:
         UserError: the folder or its dataset.json cannot be used at all.
     """
     labels = label_names(dataset_dir)
-    records = survey(cases(dataset_dir), len(channel_names(dataset_dir)), label_values(dataset_dir), memory)
+    records = survey_folder(dataset_dir, memory)
     faults = [Finding("error", r["case"], r["file"], r["error"]) for r in records if "error" in r]
     usable = [record for record in records if "error" not in record]
     return [*faults, *unlisted(dataset_dir), *(finding for check in REVIEWS for finding in check(usable, labels))]

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from .errors import UserError
+from .files import write_whole
 
 BUNDLE_ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -39,7 +40,5 @@ def read(weights: str | Path, **defaults) -> dict:
 
 def write(weights: str | Path, settings: dict) -> None:
     """Writes `settings` beside `weights`, whole or not at all."""
-    path = settings_file(weights)
-    partial = path.with_suffix(".json.part")
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    partial.replace(path)
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(settings_file(weights), lambda partial: partial.write_text(text))

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .checks import check_image, check_label, check_same_grid, warn_of_small_scans
-from .data import image_files, workers
+from .data import cases, channel_names, image_files, label_values, workers
 from .errors import UserError
+from .files import write_whole
 from .nifti import read
 
 QUANTILES = np.linspace(0, 1, 201)  # of foreground intensities; every half per cent
@@ -68,9 +69,7 @@ def examine(case: dict, channels: int, values: Sequence[int]) -> dict:
         )
     boxes = [np.flatnonzero(occupied) for occupied in filled]
     cropped = [int(box[-1] - box[0] + 1) if len(box) else n for box, n in zip(boxes, first.shape, strict=False)]
-    ras = np.argsort(
-        nib.io_orientation(first.affine)[:, 0]
-    )  # the stored axis that becomes x, y, z of the network's grid
+    ras = np.argsort(nib.io_orientation(first.affine)[:, 0])  # which stored axis is the grid's x, y, z
     return {
         "shape": [first.shape[axis] for axis in ras],
         "spacing": [float(first.header.get_zooms()[axis]) for axis in ras],
@@ -137,12 +136,21 @@ def survey(items: Sequence[dict], channels: int, values: Sequence[int], memory: 
                 names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
                 known[case["label"]] = names | record
                 if time.monotonic() - saved > SAVE_EVERY:
-                    _remember(path, known)
+                    write_whole(path, lambda partial: partial.write_text(json.dumps(known)))
                     saved = time.monotonic()
     finally:
         if pending:
-            _remember(path, known)
+            write_whole(path, lambda partial: partial.write_text(json.dumps(known)))
     return [known[case["label"]] for case in items]
+
+
+def survey_folder(dataset_dir: str, memory: str) -> list[dict]:
+    """`survey` of all labelled cases of a Decathlon or nnU-Net v2 folder.
+
+    Raises:
+        UserError: the folder or its dataset.json cannot be used at all.
+    """
+    return survey(cases(dataset_dir), len(channel_names(dataset_dir)), label_values(dataset_dir), memory)
 
 
 def _signature(case: dict, channels: int, values: Sequence[int]) -> list:
@@ -155,13 +163,6 @@ def _remembered(path: Path) -> dict:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # damaged: read everything again
         return {}
-
-
-def _remember(path: Path, known: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(known))
-    partial.replace(path)
 
 
 def check_cases(

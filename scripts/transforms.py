@@ -15,6 +15,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.image_writer import NibabelWriter
 from monai.transforms import MapTransform, RandomizableTransform, Spacingd
+from monai.utils import ensure_tuple
 
 from .errors import UserError
 from .nifti import check_spacing
@@ -180,21 +181,22 @@ class LabelValuesd(MapTransform):
     """The network's labels 0, 1, 2, .. -> the values they have in the data set's files, whose gaps are closed inside.
 
     Args:
-        keys: labels (1, *space), integers.
+        keys: labels (1, *space), integers, MetaTensors.
         values: of each label, or None where they are 0, 1, 2, ..
+        names: where to put them, one for each key; the keys themselves by default.
     """
 
-    def __init__(self, keys: KeysCollection, values: Sequence[int] | None) -> None:
+    def __init__(self, keys: KeysCollection, values: Sequence[int] | None, names: KeysCollection | None = None) -> None:
         super().__init__(keys)
+        self.names = self.keys if names is None else ensure_tuple(names)
         closed = values is None or list(values) == list(range(len(values)))
         self.values = None if closed else torch.tensor(values, dtype=torch.uint8 if max(values) < 256 else torch.int16)
 
     def __call__(self, data: dict) -> dict:
         out = dict(data)
-        for key in self.key_iterator(out) if self.values is not None else ():
+        for key, name in self.key_iterator(out, self.names):
             labels = out[key]
-            mapped = self.values[labels.as_tensor().long() if isinstance(labels, MetaTensor) else labels.long()]
-            out[key] = MetaTensor(mapped, meta=labels.meta) if isinstance(labels, MetaTensor) else mapped
+            out[name] = labels if self.values is None else MetaTensor(self.values[labels.long()], meta=labels.meta)
         return out
 
 

@@ -52,9 +52,8 @@ def test_an_exported_network_takes_any_multiple_of_16():
 @pytest.mark.parametrize("style", [None, "expansion", "block"])
 def test_a_compiled_training_step_is_one_graph_with_the_same_gradients(style):
     network, x = net(deep_supervision=True, grn=True, checkpoint_style=style), image(1, 1, 32, 32, 16)
-    compiled = torch.compile(
-        network, fullgraph=True, backend="aot_eager"
-    )  # as inductor's graph, without its C++ compiler
+    # the graph that inductor compiles, without its C++ compiler
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
 
     def step(of) -> list[torch.Tensor]:
         return torch.autograd.grad(sum(y.square().mean() for y in of(x)), list(network.parameters()))

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from conftest import save
 
-from scripts.data import cases, channel_names, label_values
+from scripts.data import cases
 from scripts.errors import UserError
-from scripts.survey import QUANTILES, examine, survey
+from scripts.survey import QUANTILES, examine, survey_folder
 
 
 def read_all(folder: Path, memory: Path) -> list[dict]:
-    return survey(cases(str(folder)), len(channel_names(str(folder))), label_values(str(folder)), str(memory))
+    return survey_folder(str(folder), str(memory))
 
 
 @pytest.fixture
