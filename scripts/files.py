@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, whose folder is made if need be, and then puts it in its place."""
+    """Lets `write` fill a file beside `path`, whose folder is made if need be, and then puts it in its place.
+
+    Several processes may write the same file at once: each fills one of its own, and the last one stays. Where `write`
+    fails nothing is left behind and what was there before stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
-    write(partial)
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
