@@ -1,18 +1,29 @@
-"""The slab-wise sliding window gives what MONAI's gives."""
+"""The slab-wise sliding window gives what MONAI's gives, or what nnU-Net's rules say."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
+from scipy.ndimage import gaussian_filter
 
-from scripts.inferers import SlabSlidingWindowInferer
+from scripts.errors import UserError
+from scripts.inferers import SlabSlidingWindowInferer, nnunet_weights, nnunet_windows
+
+ROI = (16, 16, 16)
 
 
 def network(x: torch.Tensor) -> torch.Tensor:
     """Three classes that depend on the window's content and on the place in it."""
     ramp = torch.linspace(0, 1, x.shape[-1])
     return torch.cat([x * 2, x.square() + ramp, x.cumsum(dim=2)], dim=1)
+
+
+def scan(*size: int) -> torch.Tensor:
+    return torch.randn(1, 1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -24,6 +35,7 @@ def network(x: torch.Tensor) -> torch.Tensor:
         ((10, 40, 7), (16, 16, 16), 0.5),  # smaller than the window
         ((37, 20, 20), (16, 16, 16), 0.0),
         ((20, 20, 20), (16, 16, 16), 0.9),
+        ((40, 33), (16, 16), 0.5),  # 2D
     ],
 )
 def test_logits_are_those_of_monai(size, roi, overlap):
@@ -34,9 +46,127 @@ def test_logits_are_those_of_monai(size, roi, overlap):
 
 
 def test_large_results_are_half_precision_roundings_of_the_small_ones():
-    torch.manual_seed(0)
-    image = torch.randn(1, 1, 40, 30, 20)
-    full = SlabSlidingWindowInferer((16, 16, 16), 0.5)(image, network)
-    half = SlabSlidingWindowInferer((16, 16, 16), 0.5, full_precision_gb=0)(image, network)
+    image = scan(40, 30, 20).float()
+    full = SlabSlidingWindowInferer(ROI, 0.5)(image, network)
+    half = SlabSlidingWindowInferer(ROI, 0.5, full_precision_gb=0)(image, network)
     assert (full.dtype, half.dtype) == (torch.float32, torch.float16)
     assert torch.equal(half, full.half())
+
+
+class TestNnunetTiles:
+    """Positions and weights of nnU-Net v1."""
+
+    @pytest.mark.parametrize(
+        ("size", "roi", "starts"),
+        [
+            (128, 128, [0]),
+            (129, 128, [0, 1]),
+            (192, 128, [0, 64]),
+            (193, 128, [0, 32, 65]),  # n = ceil(65 / 64) + 1 = 3, 32.5 rounds to even
+            (300, 128, [0, 57, 115, 172]),  # 172 / 3 = 57.33
+            (101, 33, [0, 14, 27, 41, 54, 68]),  # n = ceil(68 / 16.5) + 1 = 6, 13.6 apart
+        ],
+    )
+    def test_starts_are_evenly_spaced_and_rounded(self, size, roi, starts):
+        found = [(window[0].start, window[0].stop) for window in nnunet_windows([size], [roi], 0.5)]
+        assert found == [(start, start + roi) for start in starts]
+
+    @pytest.mark.parametrize("roi", [(16, 16, 16), (15, 32, 9), (48, 20)])
+    def test_weights_are_a_smoothed_point_at_the_centre(self, roi):
+        point = np.zeros(roi)
+        point[tuple(n // 2 for n in roi)] = 1
+        smoothed = gaussian_filter(point, [n / 8 for n in roi], mode="constant", cval=0)
+        np.testing.assert_allclose(nnunet_weights(roi), smoothed / smoothed.max(), rtol=1e-9)
+        assert nnunet_weights(roi).float().min() > 0  # so that nnU-Net's repair of zeros has nothing to do
+
+    @pytest.mark.parametrize("size", [(40, 33, 21), (10, 40, 7), (16, 16, 16)])
+    def test_scores_are_the_weighted_mean_over_all_windows(self, size):
+        image = scan(*size)
+        low = [max(16 - n, 0) // 2 for n in size]
+        padded = np.zeros([max(n, 16) for n in size])
+        inside = tuple(slice(a, a + n) for a, n in zip(low, size, strict=True))
+        padded[inside] = image[0, 0]
+        point = np.zeros(ROI)
+        point[8, 8, 8] = 1
+        weight = gaussian_filter(point, 2.0, mode="constant")
+        counts = [int(np.ceil((n - 16) / 8)) + 1 for n in padded.shape]
+        axes = [
+            np.round(np.linspace(0, n - 16, count)).astype(int) for n, count in zip(padded.shape, counts, strict=True)
+        ]
+        sums, weights = np.zeros((3, *padded.shape)), np.zeros(padded.shape)
+        for start in itertools.product(*axes):
+            at = tuple(slice(a, a + 16) for a in start)
+            sums[(slice(None), *at)] += network(torch.from_numpy(padded[at])[None, None])[0].numpy() * weight
+            weights[at] += weight
+        found = SlabSlidingWindowInferer(ROI, 0.5, tiles="nnunet")(image, network)
+        np.testing.assert_allclose(found[0], (sums / weights)[(slice(None), *inside)], rtol=1e-9, atol=1e-12)
+
+
+class TestAveraging:
+    """What is averaged, and over what."""
+
+    @pytest.mark.parametrize("tiles", ["monai", "nnunet"])
+    @pytest.mark.parametrize(
+        ("activation", "activate"), [("softmax", lambda x: torch.softmax(x, 1)), ("sigmoid", torch.sigmoid)]
+    )
+    def test_probabilities_of_windows_are_averaged_not_their_logits(self, tiles, activation, activate):
+        image = scan(40, 33, 21)
+        found = SlabSlidingWindowInferer(ROI, activation=activation, tiles=tiles)(image, network)
+        expected = SlabSlidingWindowInferer(ROI, tiles=tiles)(image, lambda x: activate(network(x)))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        late = activate(SlabSlidingWindowInferer(ROI, tiles=tiles)(image, network))
+        assert (found - late).abs().max() > 0.01
+
+    @pytest.mark.parametrize("axes", [[0], [2, 0], [0, 1, 2]])
+    def test_mirroring_averages_the_probabilities_of_every_combination_of_axes(self, axes):
+        image = scan(30, 33, 21)
+
+        def mirrored(window: torch.Tensor) -> torch.Tensor:
+            flips = [f for n in range(len(axes) + 1) for f in itertools.combinations([a + 2 for a in axes], n)]
+            assert len(flips) == 2 ** len(axes)
+            return torch.stack([network(window.flip(f)).softmax(1).flip(f) for f in flips]).mean(0)
+
+        found = SlabSlidingWindowInferer(ROI, activation="softmax", mirror_axes=axes)(image, network)
+        torch.testing.assert_close(found, SlabSlidingWindowInferer(ROI)(image, mirrored), rtol=1e-12, atol=1e-12)
+        assert (found - SlabSlidingWindowInferer(ROI, activation="softmax")(image, network)).abs().max() > 0.01
+
+    def test_a_half_precision_network_is_averaged_in_the_precision_of_the_image(self):
+        image = scan(40, 20, 20).float()
+        found = SlabSlidingWindowInferer(ROI, activation="sigmoid", mirror_axes=[0])(image, lambda x: network(x).half())
+        exact = SlabSlidingWindowInferer(ROI)(
+            image,
+            lambda x: (network(x).half().float().sigmoid() + network(x.flip(2)).half().float().sigmoid().flip(2)) / 2,
+        )
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+    def test_further_arguments_reach_the_network(self):
+        found = SlabSlidingWindowInferer(ROI)(scan(20, 20, 20), lambda x, a, b: x * a + b, 2.0, b=1.0)
+        torch.testing.assert_close(found, scan(20, 20, 20) * 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tiles": "nnU-Net"}, "tiles is 'nnU-Net'; expected one of monai, nnunet"),
+        ({"mirror_axes": [1, 3]}, r"mirror_axes is \[1, 3\]; expected some of 0, 1, 2, each once"),
+        ({"mirror_axes": [0, 0]}, r"mirror_axes is \[0, 0\]; expected some of 0, 1, 2, each once"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(options, message):
+    with pytest.raises(UserError, match=message):
+        SlabSlidingWindowInferer(ROI, **options)
+
+
+@pytest.mark.parametrize("tiles", ["monai", "nnunet"])
+def test_a_flat_window_shows_a_2d_network_every_slice_once(tiles):
+    torch.manual_seed(0)
+    image, network, seen = torch.randn(1, 2, 20, 24, 5), torch.nn.Conv2d(2, 3, 3, padding=1), []
+
+    def shown(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape)
+        return network(x)
+
+    found = SlabSlidingWindowInferer([20, 24, 1], tiles=tiles)(image, shown)
+    assert seen == [(1, 2, 20, 24)] * 5
+    torch.testing.assert_close(found, torch.stack([network(image[..., z]) for z in range(5)], dim=-1))
