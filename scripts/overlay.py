@@ -14,9 +14,7 @@ COLOURS = np.array(  # Okabe and Ito's palette, distinguishable with any colour 
 def overlay(
     image: np.ndarray, label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], height: int = 256
 ) -> np.ndarray:
-    """Three panels side by side: scan, scan with label, scan with prediction.
-
-    The slice is the one with most labelled voxels across the axis of the largest spacing (the last one among equals).
+    """Three panels side by side: scan, scan with label, scan with prediction, of the slice that `fullest_slice` names.
 
     Args:
         image: (X, Y, Z) intensities.
@@ -28,20 +26,38 @@ def overlay(
     Returns:
         (height, 3 * width, 3) uint8.
     """
-    spacing = np.array(spacing[:3], dtype=float)
-    axis = 2 - int(np.argmax(spacing[::-1].round(3)))
-    index = int(np.argmax((label > 0).sum(axis=tuple(a for a in range(3) if a != axis))))
+    axis, index = fullest_slice(label, prediction, spacing)
     slices = [np.take(volume, index, axis=axis).T[::-1] for volume in (image, label, prediction)]
-    edges = np.delete(spacing, axis)[::-1]
+    edges = np.delete(np.array(spacing[:3], dtype=float), axis)[::-1]
     rows, columns = (
         _stretch(n, edge, min(edges), height / max(slices[0].shape))
         for n, edge in zip(slices[0].shape, edges, strict=True)
     )
     grey, wanted, found = (s[rows][:, columns] for s in slices)
-    low, high = np.percentile(grey, (0.5, 99.5))
+    low, high = _window(grey, (wanted > 0) | (found > 0))
     grey = np.clip((grey - low) / max(high - low, 1e-6), 0, 1)[..., None] * np.full(3, 255.0)
     panels = [grey, *(_paint(grey, values) for values in (wanted, found))]
     return np.concatenate(panels, axis=1).astype(np.uint8)
+
+
+def fullest_slice(label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[int, int]:
+    """(axis, index) of the slice with most labelled voxels, or predicted ones where nothing is labelled.
+
+    It lies across the axis of the largest spacing, the last one among equals.
+    """
+    axis = 2 - int(np.argmax(np.array(spacing[:3], dtype=float)[::-1].round(3)))
+    shown = label if (label > 0).any() else prediction
+    return axis, int(np.argmax((shown > 0).sum(axis=tuple(a for a in range(3) if a != axis))))
+
+
+def _window(grey: np.ndarray, labelled: np.ndarray) -> tuple[float, float]:
+    """Intensities for black and white: those of the slice, or, as in a CT, fewer about those of the labelled pixels."""
+    low, high = np.percentile(grey, (0.5, 99.5))
+    if not labelled.any():
+        return low, high
+    first, last = np.percentile(grey[labelled], (0.5, 99.5))
+    reach = max(last - first, (high - low) / 8)  # an eighth: soft tissue where air, -1000, and bone are in the slice
+    return max(low, first - reach), min(high, last + reach)
 
 
 def _stretch(count: int, edge: float, finest: float, scale: float) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,7 @@ from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.transforms import RandGaussianNoised
 
-from scripts.handlers import EpochReport, EpochSeeds, GradientClipping, LastEpochToo
-from scripts.overlay import COLOURS, overlay
+from scripts.handlers import EpochSeeds, GradientClipping, LastEpochToo
 
 
 def batches_of(epochs: range, workers: int) -> list[list[float]]:
@@ -75,43 +72,3 @@ def test_validation_comes_at_the_interval_and_after_the_last_epoch(epochs, due):
     network = torch.nn.Linear(2, 1)
     trainer_of(network, lambda pred, label: pred.sum(), [LastEpochToo(3, Validator())], epochs=epochs).run()
     assert seen == due
-
-
-def test_the_epoch_line_has_the_numbers(caplog, tmp_path):
-    network = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.25)
-    report = EpochReport(str(tmp_path), optimizer, batch_size=2)
-    logging.getLogger("mednext").propagate = True
-    with caplog.at_level(logging.INFO, "mednext"):
-        trainer_of(network, lambda pred, label: 0 * pred.sum() + 1.5, [report], batches=4).run()
-    line = caplog.messages[0]
-    assert line.startswith("epoch 1/1  loss 1.5000  lr 2.50e-01")
-    assert "samples/s" in line
-    assert "waiting for data" in line
-    assert list(tmp_path.glob("events*"))
-
-
-class TestOverlay:
-    """Three panels with the true proportions."""
-
-    image = np.linspace(0, 1, 20 * 10 * 6).reshape(20, 10, 6)
-
-    def test_panels_show_scan_label_and_prediction(self):
-        label = np.zeros((20, 10, 6))
-        label[4:12, 2:8, 3] = 1
-        picture = overlay(self.image, label, np.zeros_like(label), (1, 1, 4))
-        scan, with_label, with_prediction = np.split(picture, 3, axis=1)
-        assert (scan == with_prediction).all()
-        assert (with_label == COLOURS[0]).all(axis=-1).any()  # the outline has the full colour
-        assert not (scan == COLOURS[0]).all(axis=-1).any()
-
-    def test_thick_slices_are_shown_in_plane_and_thin_ones_in_proportion(self):
-        label = np.zeros((20, 10, 6))
-        height, width, _ = overlay(self.image, label, label, (1, 1, 4)).shape
-        assert (height * 20, height) == (width // 3 * 10, height)
-        height, width, _ = overlay(self.image, label, label, (1, 2, 2)).shape  # slices along z: 20 x 1 mm by 10 x 2 mm
-        assert height == width // 3
-
-    def test_constant_images_and_many_labels_are_drawn(self):
-        label = np.arange(20 * 10 * 6).reshape(20, 10, 6) % 20
-        assert overlay(np.zeros((20, 10, 6)), label, label, (1, 1, 1)).dtype == np.uint8
