@@ -14,6 +14,9 @@ COARSE_HEADS = tuple(f"{checkpoints.HEADS}{level}." for level in range(1, 5))
 KEPT = (
     "labels",
     "label_values",
+    "regions",
+    "regions_class_order",
+    "scored",
     "crop_to_nonzero",
     "intensity",
     "spacing",

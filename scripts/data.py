@@ -9,10 +9,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from .errors import UserError
@@ -79,68 +77,35 @@ def channel_names(dataset_dir: str) -> list[str]:
     return [names[key] for key in sorted(names, key=int)]
 
 
-def labels(dataset_dir: str) -> dict[int, str]:
-    """Names of the labels by the value they have in the label files, e.g. `{0: "background", 1: "edema", 4: "tumour"}`.
-
-    Raises:
-        UserError: a label has no integer value, two have one, or 0 or any other is missing.
-    """
-    path = Path(dataset_dir) / "dataset.json"
-    found = dataset_json(dataset_dir)["labels"]
-    decathlon = all(key.isdigit() for key in found)  # it maps value to name, nnU-Net v2 name to value
-    try:
-        pairs = [(int(key), name) if decathlon else (int(name), key) for key, name in found.items()]
-    except (TypeError, ValueError) as e:
-        raise UserError(
-            f'{path} gives "labels" {found}; expected one integer a name (regions are not supported).'
-        ) from e
-    if "ignore" in dict(pairs).values():
-        raise UserError(
-            f'{path} has an "ignore" label, which is not supported; remove it from "labels" and the label files.'
-        )
-    values = sorted(value for value, _ in pairs)
-    if len(set(values)) < len(values) or values[0] != 0 or len(values) < 2 or values[-1] > 32767:
-        raise UserError(
-            f'{path} gives "labels" the values {values}; expected 0 (background) and at least one foreground label,'
-            " up to 32767, each once; correct dataset.json."
-        )
-    return dict(sorted(pairs))
-
-
-def label_names(dataset_dir: str) -> list[str]:
-    """Names of the labels by channel of the network, background first, e.g. `["background", "edema", "tumour"]`."""
-    return list(labels(dataset_dir).values())
-
-
-def label_values(dataset_dir: str) -> list[int]:
-    """Values of the labels in the files, in the order of `label_names`, e.g. `[0, 1, 4]`: gaps are closed inside."""
-    return list(labels(dataset_dir))
-
-
 def cases(dataset_dir: str) -> list[dict]:
     """All labelled cases of the folder, sorted by name.
 
     Raises:
-        UserError: a folder or file is missing, two cases have one name, or there are fewer than two cases.
+        UserError: a folder or files are missing, two cases have one name, or there are fewer than two cases.
     """
-    description = dataset_json(dataset_dir)
-    folder = Path(dataset_dir)
-    found = (
-        _decathlon_cases(folder, description)
-        if "channel_names" not in description
-        else _nnunet_cases(folder, description)
-    )
-    for case in found:
-        for path in (*image_files(case), case["label"]):
-            if not Path(path).is_file():
-                raise UserError(
-                    f"{path} not found, which case {case['case']} of {folder} needs; add it or remove the case."
-                )
+    found = listed_cases(dataset_dir)
+    if missing := [(case["case"], path) for case in found for path in missing_files(case)]:
+        shown = "\n  ".join(f"{path} not found, which case {name} needs" for name, path in missing)
+        raise UserError(f"{dataset_dir} lacks {len(missing)} files; add them or remove their cases:\n  {shown}")
+    if len(found) < 2:
+        raise UserError(
+            f"{dataset_dir} has {len(found)} labelled cases; expected at least 2, to train and to validate."
+        )
+    return found
+
+
+def listed_cases(dataset_dir: str) -> list[dict]:
+    """The cases that the folder should have, sorted by name; their files may be missing."""
+    folder, description = Path(dataset_dir), dataset_json(dataset_dir)
+    found = (_nnunet_cases if "channel_names" in description else _decathlon_cases)(folder, description)
     if twice := [name for name, n in Counter(case["case"] for case in found).items() if n > 1]:
         raise UserError(f"{folder / 'dataset.json'} lists {twice[0]} more than once; give each case its own name.")
-    if len(found) < 2:
-        raise UserError(f"{folder} has {len(found)} labelled cases; expected at least 2, to train and to validate.")
     return sorted(found, key=lambda case: case["case"])
+
+
+def missing_files(case: dict) -> list[str]:
+    """Those of a case's files that are not there."""
+    return [path for path in (*image_files(case), case["label"]) if not Path(path).is_file()]
 
 
 def _decathlon_cases(folder: Path, description: dict) -> list[dict]:
@@ -176,12 +141,33 @@ def _nnunet_cases(folder: Path, description: dict) -> list[dict]:
 # ---- folds
 
 
-def split(dataset_dir: str, fold: int | str) -> tuple[list[dict], list[dict]]:
-    """(training cases, validation cases) of a fold.
+def folds(dataset_dir: str) -> list[dict[str, list[str]]]:
+    """Names of the cases that each fold trains on ("train") and holds out ("val").
 
     The rule is nnU-Net's: `splits_final.json` where the folder has one, else scikit-learn's
-    `KFold(5, shuffle=True, random_state=12345)` over the sorted names; `fold="all"` trains and validates on everything.
-    With fewer than five cases there are as many folds as cases.
+    `KFold(5, shuffle=True, random_state=12345)` over the sorted names. With fewer than five cases there are as many
+    folds as cases.
+
+    Raises:
+        UserError: `splits_final.json` names a case that is not there, or holds out one that it trains on.
+    """
+    names = [case["case"] for case in cases(dataset_dir)]
+    path = Path(dataset_dir) / "splits_final.json"
+    if not path.is_file():
+        return five_folds(names)
+    found = json.loads(path.read_text())
+    for number, fold in enumerate(found):
+        if unknown := sorted({*fold["train"], *fold["val"]} - set(names)):
+            raise UserError(f"{path} names case {unknown[0]}, which {dataset_dir} does not have; correct the split.")
+        if both := sorted(set(fold["train"]) & set(fold["val"])):
+            raise UserError(
+                f"{path} trains fold {number} on case {both[0]} and holds it out as well; correct the split."
+            )
+    return found
+
+
+def split(dataset_dir: str, fold: int | str) -> tuple[list[dict], list[dict]]:
+    """(training cases, validation cases) of a fold, see `folds`; `fold="all"` trains and validates on everything.
 
     Raises:
         UserError: `fold` is out of range.
@@ -189,18 +175,13 @@ def split(dataset_dir: str, fold: int | str) -> tuple[list[dict], list[dict]]:
     everything = cases(dataset_dir)
     if fold == "all":
         return everything, everything
-    by_name = {case["case"]: case for case in everything}
-    path = Path(dataset_dir) / "splits_final.json"
-    folds = json.loads(path.read_text()) if path.is_file() else five_folds(list(by_name))
-    if not isinstance(fold, int) or not 0 <= fold < len(folds):
+    by_name, existing = {case["case"]: case for case in everything}, folds(dataset_dir)
+    if not isinstance(fold, int) or not 0 <= fold < len(existing):
         raise UserError(
-            f"fold is {fold!r}; expected 0 to {len(folds) - 1} or 'all' for the {len(everything)} cases of"
+            f"fold is {fold!r}; expected 0 to {len(existing) - 1} or 'all' for the {len(everything)} cases of"
             f" {dataset_dir}: give --fold 0, for example."
         )
-    unknown = sorted({name for part in ("train", "val") for name in folds[fold][part]} - set(by_name))
-    if unknown:
-        raise UserError(f"{path} names case {unknown[0]}, which {dataset_dir} does not have; correct the split.")
-    return [by_name[n] for n in folds[fold]["train"]], [by_name[n] for n in folds[fold]["val"]]
+    return [by_name[n] for n in existing[fold]["train"]], [by_name[n] for n in existing[fold]["val"]]
 
 
 def five_folds(names: list[str]) -> list[dict[str, list[str]]]:
@@ -269,24 +250,10 @@ def case_name(meta: dict, _saver: object = None) -> dict:
     return {"subject": _case_of(Path(str(meta["filename_or_obj"])), 1), "idx": None}
 
 
-# ---- how much of it is held and loaded at once
+# ---- how it is loaded
 
 
 def workers(device: object = None) -> int:
     """Loader processes: half of the cores up to 8; none where the network itself computes on the CPU and needs them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if "cpu" in str(device) else min(8, cores // 2)
-
-
-def cache_num(items: Sequence[dict], spacing: Sequence[float], gigabytes: float) -> int:
-    """How many prepared cases fit into `gigabytes` of RAM, judged by the largest header: float32 image, uint8 label."""
-    largest = max((_prepared_bytes(case, spacing) for case in items), default=0)
-    return min(len(items), int(gigabytes * 1e9 // max(largest, 1)))
-
-
-def _prepared_bytes(case: dict, spacing: Sequence[float]) -> float:
-    files = image_files(case)
-    header = nib.load(files[0]).header
-    channels = len(files) if len(header.get_data_shape()) < 4 else header.get_data_shape()[3]
-    extent = np.prod([n * s for n, s in zip(header.get_data_shape()[:3], header.get_zooms()[:3], strict=True)])
-    return float(extent / np.prod(spacing) * (4 * channels + 1))

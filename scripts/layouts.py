@@ -15,8 +15,10 @@ import nibabel as nib
 import numpy as np
 
 from .checks import check_same_grid
-from .data import cases, channel_names, dataset_json, image_files, labels, scans
+from .data import cases, channel_names, dataset_json, image_files, scans
 from .errors import UserError, command
+from .labels import Labels
+from .labels import read as read_labels
 from .nifti import read
 
 COPIED = ("name", "description", "reference", "licence", "release")  # of dataset.json, whatever they say
@@ -34,9 +36,13 @@ def convert_layout(source: str, target: str) -> None:
     """
     if Path(target).exists():
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
-    names, values, training = channel_names(source), labels(source), cases(source)
+    names, labels, training = channel_names(source), read_labels(source), cases(source)
     test = scans(str(Path(source) / "imagesTs"), len(names)) if (Path(source) / "imagesTs").is_dir() else []
     given = dataset_json(source)
+    if labels.regions and "channel_names" in given:
+        raise UserError(
+            f"{source} has overlapping regions, which a Decathlon dataset.json cannot say; keep its layout."
+        )
     place, describe = (
         (_decathlon_images, _decathlon_json) if "channel_names" in given else (_nnunet_images, _nnunet_json)
     )
@@ -48,7 +54,7 @@ def convert_layout(source: str, target: str) -> None:
     for case in training:
         _place(case["label"], partial / "labelsTr" / f"{case['case']}.nii.gz")
     texts = {key: given[key] for key in COPIED if key in given}
-    made = texts | describe([c["case"] for c in training], [c["case"] for c in test], names, values)
+    made = texts | describe([c["case"] for c in training], [c["case"] for c in test], names, labels)
     (partial / "dataset.json").write_text(json.dumps(made, indent=4) + "\n")
     partial.rename(target)
     print(f"wrote {target}: {len(training)} training and {len(test)} test cases, {len(names)} channel(s)")
@@ -68,25 +74,30 @@ def _decathlon_images(case: dict, folder: Path, channels: int) -> None:
     _place(files[0], path) if len(files) == 1 else _stack(files, path)
 
 
-def _nnunet_json(training: list[str], test: list[str], names: list[str], values: dict[int, str]) -> dict:
+def _nnunet_json(training: list[str], test: list[str], names: list[str], labels: Labels) -> dict:
     return {
         "channel_names": {str(channel): name for channel, name in enumerate(names)},
-        "labels": {name: value for value, name in values.items()},
+        "labels": _values(labels),
         "numTraining": len(training),
         "file_ending": ".nii.gz",
     }
 
 
-def _decathlon_json(training: list[str], test: list[str], names: list[str], values: dict[int, str]) -> dict:
+def _decathlon_json(training: list[str], test: list[str], names: list[str], labels: Labels) -> dict:
     return {
         "tensorImageSize": "3D" if len(names) == 1 else "4D",
         "modality": {str(channel): name for channel, name in enumerate(names)},
-        "labels": {str(value): name for value, name in values.items()},
+        "labels": {str(value): name for name, value in _values(labels).items()},
         "numTraining": len(training),
         "numTest": len(test),
         "training": [{part: f"./{part}sTr/{name}.nii.gz" for part in ("image", "label")} for name in training],
         "test": [f"./imagesTs/{name}.nii.gz" for name in test],
     }
+
+
+def _values(labels: Labels) -> dict[str, int]:
+    exclusive = dict(zip(labels.names, labels.values, strict=True))
+    return exclusive if labels.ignore is None else {**exclusive, "ignore": labels.ignore}
 
 
 def _place(file: str, path: Path) -> None:

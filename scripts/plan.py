@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import channel_names, label_names
+from .data import channel_names
 from .errors import UserError
 from .figures import fingerprint_page
+from .labels import index_names
+from .labels import read as read_labels
 from .mednext import create_mednext
 from .memory import kept_bytes
 from .survey import QUANTILES, survey_folder
@@ -149,7 +151,7 @@ def plan(
         kernel_size: depthwise kernel, for the batch alone.
         memory_gb: what a training step may take; None leaves batch 2 as published.
     """
-    names, labels, found = channel_names(dataset_dir), label_names(dataset_dir), fingerprint(records)
+    names, labels, found = channel_names(dataset_dir), read_labels(dataset_dir).names, fingerprint(records)
     grid = target_spacing(records) if spacing == "median" else [float(s) for s in spacing]
     shape = np.median([np.multiply(r["cropped"], r["spacing"]) / grid for r in records], axis=0)
     patch = patch_size(shape, grid)
@@ -211,7 +213,7 @@ def planning(
     Raises:
         UserError: `output` is there and says something else, or no case can be read.
     """
-    labels = label_names(dataset_dir)
+    labels = index_names(read_labels(dataset_dir))
     records = survey_folder(dataset_dir, memory)
     usable = [record for record in records if "error" not in record]
     for record in records:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import cases, dataset_json, image_files, label_names, scan_files
+from .data import channel_names, dataset_json, image_files, listed_cases, missing_files, scan_files
 from .errors import UserError
-from .survey import survey_folder
+from .labels import index_names
+from .labels import read as read_labels
+from .survey import survey
 
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
@@ -59,7 +61,7 @@ def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fin
 def without_foreground(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
     """A case without any label teaches background only; often its label file is the wrong one."""
     for record in records:
-        if not sum(record["labels"][1:]):
+        if not sum(record["labels"][1 : len(labels)]):
             yield _warning(record, "has no labelled voxel; look whether that is meant.")
 
 
@@ -126,9 +128,16 @@ REVIEWS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...
 )
 
 
-def unlisted(dataset_dir: str) -> Iterator[Finding]:
+def absent_files(items: Sequence[dict]) -> Iterator[Finding]:
+    """Every file that a case lacks, not the first one alone."""
+    for case in items:
+        for path in missing_files(case):
+            yield Finding("error", case["case"], path, f"{path} not found; add it or remove case {case['case']}.")
+
+
+def unlisted(dataset_dir: str, items: Sequence[dict]) -> Iterator[Finding]:
     """Files in the training folders that no case uses, and another number of cases than dataset.json says."""
-    folder, items = Path(dataset_dir), cases(dataset_dir)
+    folder = Path(dataset_dir)
     used = {Path(file).resolve() for case in items for file in (*image_files(case), case["label"])}
     for file in [file for name in ("imagesTr", "labelsTr") for file in scan_files(folder / name)]:
         if file.resolve() not in used:
@@ -139,6 +148,9 @@ def unlisted(dataset_dir: str) -> Iterator[Finding]:
     if said not in (None, len(items)):
         message = f'{folder / "dataset.json"} says "numTraining" {said}, the folder has {len(items)} cases; correct it.'
         yield Finding("warning", "", "dataset.json", message)
+    if len(items) < 2:
+        message = f"{folder} has {len(items)} labelled cases; expected at least 2, to train and to validate."
+        yield Finding("error", "", "dataset.json", message)
 
 
 def review(dataset_dir: str, memory: str) -> list[Finding]:
@@ -151,11 +163,15 @@ def review(dataset_dir: str, memory: str) -> list[Finding]:
     Raises:
         UserError: the folder or its dataset.json cannot be used at all.
     """
-    labels = label_names(dataset_dir)
-    records = survey_folder(dataset_dir, memory)
+    items, labels = listed_cases(dataset_dir), read_labels(dataset_dir)
+    absent = list(absent_files(items))
+    lacking = {finding.case for finding in absent}
+    complete = [case for case in items if case["case"] not in lacking]
+    records = survey(complete, len(channel_names(dataset_dir)), labels.values, memory, labels.ignore)
     faults = [Finding("error", r["case"], r["file"], r["error"]) for r in records if "error" in r]
-    usable = [record for record in records if "error" not in record]
-    return [*faults, *unlisted(dataset_dir), *(finding for check in REVIEWS for finding in check(usable, labels))]
+    usable, names = [record for record in records if "error" not in record], index_names(labels)
+    noted = [*unlisted(dataset_dir, items), *(finding for check in REVIEWS for finding in check(usable, names))]
+    return sorted([*absent, *faults, *noted], key=lambda finding: finding.severity)
 
 
 def checking(dataset_dir: str, output_dir: str, memory: str) -> None:
@@ -173,7 +189,7 @@ def checking(dataset_dir: str, output_dir: str, memory: str) -> None:
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{errors} errors, {len(findings) - errors} warnings; also in {path}")
     if errors:
-        raise UserError(f"{errors} cases of {dataset_dir} cannot be used; mend them as said above.")
+        raise UserError(f"{errors} errors in {dataset_dir} keep it from being trained on; mend them as said above.")
 
 
 def _mm(spacing: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Scores on the scan's own grid, per case and label: Dice, surface Dice (NSD) and HD95, by MONAI's metrics."""
+"""Scores on the scan's own grid, per case and class: Dice, surface Dice (NSD) and HD95, by MONAI's metrics."""
 
 from __future__ import annotations
 
@@ -7,41 +7,51 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.data import MetaTensor
+from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance, compute_surface_dice
 
 METRICS = ("dice", "nsd", "hd95_mm")
 logger = logging.getLogger("mednext")
+
+
+def class_mask(labels: torch.Tensor, members: Sequence[int], ignored: torch.Tensor | None = None) -> torch.Tensor:
+    """Bool mask of the voxels whose label belongs to a class, those of the mask `ignored` left out."""
+    mask = torch.isin(labels, torch.tensor(members, device=labels.device, dtype=labels.dtype))
+    return mask if ignored is None else mask & ~ignored
 
 
 def score(
     prediction: torch.Tensor,
     reference: torch.Tensor,
     spacing: Sequence[float],
-    labels: Sequence[str],
+    classes: Mapping[str, Sequence[int]],
     tolerance: float = 1.0,
+    ignore: int | None = None,
 ) -> list[dict]:
-    """One row a foreground label.
+    """One row a class.
 
-    A label that is absent from both masks has nan scores; absent from one of them, Dice and NSD are 0 and HD95, the
+    A class that is absent from both masks has nan scores; absent from one of them, Dice and NSD are 0 and HD95, the
     distance to an empty set, is infinite.
 
     Args:
-        prediction: (1, *space) label values.
-        reference: (1, *space) label values on the same grid.
+        prediction: (1, *space) labels.
+        reference: (1, *space) labels on the same grid.
         spacing: voxel edge lengths in mm.
-        labels: names by value, background first.
+        classes: of each, the labels that belong to it, see labels.py.
         tolerance: of the surface Dice in mm.
+        ignore: label of the reference whose voxels count nowhere, or None.
     """
     rows = []
-    for value, name in enumerate(labels[1:], start=1):
-        predicted, wanted = (torch.as_tensor(a == value)[None] for a in (prediction, reference))
+    ignored = None if ignore is None else reference == ignore
+    for name, members in classes.items():
+        predicted, wanted = (class_mask(mask, members, ignored)[None] for mask in (prediction, reference))
         row = {"label": name, "predicted_voxels": int(predicted.sum()), "reference_voxels": int(wanted.sum())}
         present = (row["predicted_voxels"] > 0) + (row["reference_voxels"] > 0)
         if present == 2:
@@ -57,13 +67,43 @@ def score(
     return rows
 
 
-def summarise(rows: Sequence[dict], labels: Sequence[str]) -> list[dict]:
-    """Per label, mean and standard deviation over the cases that have a finite score; last the mean over the labels.
+class ClassDice(CumulativeIterationMetric):
+    """Dice of every class and case for MONAI's IgniteMetricHandler; nan where a class is absent from both masks.
+
+    MONAI's DiceMetric knows exclusive labels only, or needs one mask a class in memory at once.
+
+    Args:
+        classes: of each, the labels that belong to it.
+        ignore: label of the reference whose voxels count nowhere, or None.
+    """
+
+    def __init__(self, classes: Mapping[str, Sequence[int]], ignore: int | None = None) -> None:
+        super().__init__()
+        self.classes, self.ignore = classes, ignore
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """(N, 1, *space) labels twice -> (N, classes)."""
+        y_pred, y = (t.as_tensor().cpu() if isinstance(t, MetaTensor) else t.cpu() for t in (y_pred, y))
+        ignored = None if self.ignore is None else y == self.ignore
+        found = []
+        for members in self.classes.values():
+            predicted, wanted = (class_mask(mask, members, ignored).flatten(1) for mask in (y_pred, y))
+            both = predicted.sum(1) + wanted.sum(1)
+            found.append(2 * (predicted & wanted).sum(1) / both)  # 0 / 0 is nan
+        return torch.stack(found, dim=1)
+
+    def aggregate(self) -> torch.Tensor:
+        """Mean over the classes of the mean over the cases that have a score, as in `summary.csv`."""
+        return self.get_buffer().nanmean(dim=0).nanmean()
+
+
+def summarise(rows: Sequence[dict], names: Sequence[str]) -> list[dict]:
+    """Per class, mean and standard deviation over the cases that have a finite score; last the mean over the classes.
 
     `empty_in_both` and `empty_in_one` count what is left out (nan) or is 0 (infinite for HD95).
     """
     summary = []
-    for name in labels[1:]:
+    for name in names:
         of_label = [row for row in rows if row["label"] == name]
         entry = {"label": name, "cases": len(of_label)}
         for metric in METRICS:
@@ -87,12 +127,15 @@ class CaseScores:
 
     Args:
         folder: where to write.
-        labels: names by value, background first.
+        classes: of each, the labels that belong to it.
         tolerance: of the surface Dice in mm.
+        ignore: label of the reference whose voxels count nowhere, or None.
     """
 
-    def __init__(self, folder: str, labels: Sequence[str], tolerance: float = 1.0) -> None:
-        self.folder, self.labels, self.tolerance = Path(folder), list(labels), tolerance
+    def __init__(
+        self, folder: str, classes: Mapping[str, Sequence[int]], tolerance: float = 1.0, ignore: int | None = None
+    ) -> None:
+        self.folder, self.classes, self.tolerance, self.ignore = Path(folder), classes, tolerance, ignore
         self.rows: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
@@ -104,9 +147,8 @@ class CaseScores:
         for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
             prediction, reference = output["pred"], output["label"]
             spacing = reference.affine[:3, :3].norm(dim=0).tolist()
-            rows = score(
-                prediction.as_tensor().cpu(), reference.as_tensor().cpu(), spacing, self.labels, self.tolerance
-            )
+            masks = prediction.as_tensor().cpu(), reference.as_tensor().cpu()
+            rows = score(*masks, spacing, self.classes, self.tolerance, self.ignore)
             self.rows += [{"case": batch["case"], **row} for row in rows]
 
     def write(self, engine: Engine) -> None:
@@ -117,26 +159,37 @@ class CaseScores:
             rows = [row for part in gathered for row in part]
             if dist.get_rank() > 0:
                 return
-        order = {name: i for i, name in enumerate(self.labels)}
-        rows = sorted(rows, key=lambda row: (row["case"], order[row["label"]]))
-        summary = summarise(rows, self.labels)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, table in (("cases", rows), ("summary", summary)):
-            with open(self.folder / f"{name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(
-                    file, ["case", "label", *METRICS, *_rest(table)] if name == "cases" else list(table[0])
-                )
-                writer.writeheader()
-                writer.writerows(table)
-        content = {"nsd_tolerance_mm": self.tolerance, "summary": summary, "cases": rows}
-        (self.folder / "summary.json").write_text(json.dumps(_without_nan(content), indent=1) + "\n")
-        for entry in summary:
-            logger.info(
-                "%-20s Dice %.4f  NSD@%g mm %.4f  HD95 %.2f mm  (%d cases, %d empty in both, %d empty in one)",
-                entry["label"], entry["dice"], self.tolerance, entry["nsd"], entry["hd95_mm"],
-                entry["cases"], entry["empty_in_both"], entry["empty_in_one"],
-            )  # fmt: skip
-        logger.info("scores are in %s", self.folder)
+        write_tables(self.folder, rows, list(self.classes), self.tolerance)
+
+
+def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str], tolerance: float) -> None:
+    """Writes `cases.csv`, `summary.csv` and `summary.json`, and prints the summary.
+
+    Args:
+        folder: where to write.
+        rows: of `score`, each with its "case".
+        names: of the classes, in their order.
+        tolerance: of the surface Dice in mm.
+    """
+    folder = Path(folder)
+    rows = sorted(rows, key=lambda row: (row["case"], list(names).index(row["label"])))
+    summary = summarise(rows, names)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in (("cases", rows), ("summary", summary)):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            columns = ["case", "label", *METRICS, *_rest(table)] if name == "cases" else list(table[0])
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(table)
+    content = {"nsd_tolerance_mm": tolerance, "summary": summary, "cases": rows}
+    (folder / "summary.json").write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+    for entry in summary:
+        logger.info(
+            "%-20s Dice %.4f  NSD@%g mm %.4f  HD95 %.2f mm  (%d cases, %d empty in both, %d empty in one)",
+            entry["label"], entry["dice"], tolerance, entry["nsd"], entry["hd95_mm"],
+            entry["cases"], entry["empty_in_both"], entry["empty_in_one"],
+        )  # fmt: skip
+    logger.info("scores are in %s", folder)
 
 
 def _rest(rows: Sequence[dict]) -> list[str]:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .checks import check_image, check_label, check_same_grid, warn_of_small_scans
-from .data import cases, channel_names, image_files, label_values, workers
+from .data import cases, channel_names, image_files, workers
 from .errors import UserError
 from .files import write_whole
+from .labels import read as read_labels
+from .labels import stored
 from .nifti import read
 
 QUANTILES = np.linspace(0, 1, 201)  # of foreground intensities; every half per cent
@@ -27,19 +29,20 @@ SAVE_EVERY = 20  # seconds
 logger = logging.getLogger("mednext")
 
 
-def examine(case: dict, channels: int, values: Sequence[int]) -> dict:
+def examine(case: dict, channels: int, values: Sequence[int], ignore: int | None = None) -> dict:
     """All checks of one case, and its measures; nothing stays in memory.
 
     Args:
         case: "case", "image" and "label", see data.py.
         channels: image channels that dataset.json names.
         values: of the labels that dataset.json names, background first.
+        ignore: value of voxels that nobody annotated, or None.
 
     Returns:
         orientation ("RAS" ..); in the order of RAS axes: shape (voxels), spacing (mm), cropped (shape of the smallest
-        box with all non-zero voxels); labels (voxels of each label); channels (mean, std of non-zero voxels);
-        foreground (of each channel: mean, std, min, max and QUANTILES of the voxels with a label, None where there are
-        none); digest (of the image's voxels).
+        box with all non-zero voxels); labels (voxels of each label, those to ignore last); channels (mean, std of
+        non-zero voxels); foreground (of each channel: mean, std, min, max and QUANTILES of the voxels with a label,
+        None where there are none); digest (of the image's voxels).
 
     Raises:
         UserError: one sentence about what is wrong with it.
@@ -52,8 +55,8 @@ def examine(case: dict, channels: int, values: Sequence[int]) -> dict:
         if first is None:
             first = image
             check_same_grid(case["label"], label_image, path, image)
-            label = check_label(case["label"], label_image, label, values)
-            foreground = label > 0
+            label = check_label(case["label"], label_image, label, stored(values, ignore))
+            foreground = (label > 0) & (label < len(values))
             filled = [np.zeros(n, dtype=bool) for n in voxels.shape]
         check_same_grid(path, image, paths[0], first)
         digest.update(np.ascontiguousarray(voxels))
@@ -75,7 +78,7 @@ def examine(case: dict, channels: int, values: Sequence[int]) -> dict:
         "spacing": [float(first.header.get_zooms()[axis]) for axis in ras],
         "orientation": "".join(nib.aff2axcodes(first.affine)),
         "cropped": [cropped[axis] for axis in ras],
-        "labels": sum(np.bincount(plane.ravel(), minlength=len(values)) for plane in label).tolist(),
+        "labels": sum(np.bincount(plane.ravel(), minlength=len(stored(values, ignore))) for plane in label).tolist(),
         "channels": everywhere,
         "foreground": inside,
         "digest": digest.hexdigest(),
@@ -102,7 +105,9 @@ def _moments(stored: np.ndarray, slope: float, intercept: float, quantiles: bool
     return found
 
 
-def survey(items: Sequence[dict], channels: int, values: Sequence[int], memory: str) -> list[dict]:
+def survey(
+    items: Sequence[dict], channels: int, values: Sequence[int], memory: str, ignore: int | None = None
+) -> list[dict]:
     """The records of all cases: `examine`'s, with "case", "file" and, where it cannot be used, "error" alone.
 
     Cases that were read before and have not changed since, by size and time of their files, are not read again; what
@@ -113,15 +118,16 @@ def survey(items: Sequence[dict], channels: int, values: Sequence[int], memory: 
         channels: image channels that dataset.json names.
         values: of the labels that dataset.json names, background first.
         memory: JSON file to remember the records in.
+        ignore: value of voxels that nobody annotated, or None.
     """
     path = Path(memory)
     known = _remembered(path)
-    signatures = {case["label"]: _signature(case, channels, values) for case in items}
+    signatures = {case["label"]: _signature(case, channels, stored(values, ignore)) for case in items}
     pending = [case for case in items if known.get(case["label"], {}).get("signature") != signatures[case["label"]]]
 
     def attempt(case: dict) -> tuple[dict, dict]:
         try:
-            return case, examine(case, channels, values)
+            return case, examine(case, channels, values, ignore)
         except UserError as e:
             return case, {"error": str(e)}
 
@@ -150,7 +156,8 @@ def survey_folder(dataset_dir: str, memory: str) -> list[dict]:
     Raises:
         UserError: the folder or its dataset.json cannot be used at all.
     """
-    return survey(cases(dataset_dir), len(channel_names(dataset_dir)), label_values(dataset_dir), memory)
+    labels = read_labels(dataset_dir)
+    return survey(cases(dataset_dir), len(channel_names(dataset_dir)), labels.values, memory, labels.ignore)
 
 
 def _signature(case: dict, channels: int, values: Sequence[int]) -> list:
@@ -172,6 +179,7 @@ def check_cases(
     patch_size: Sequence[int],
     spacing: Sequence[float],
     memory: str,
+    ignore: int | None = None,
 ) -> None:
     """Stops a training that cannot end well: reads every case (on the first process) unless it is known already.
 
@@ -182,12 +190,13 @@ def check_cases(
         patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
         spacing: training grid in mm.
         memory: JSON file that remembers what was read.
+        ignore: value of voxels that nobody annotated, or None.
 
     Raises:
         UserError: one sentence for each bad case.
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        records = survey(items, channels, values, memory)
+        records = survey(items, channels, values, memory, ignore)
         faults = [record["error"] for record in records if "error" in record]
         if len(faults) == 1:
             raise UserError(faults[0])

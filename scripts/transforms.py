@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.image_writer import NibabelWriter
-from monai.transforms import MapTransform, RandomizableTransform, Spacingd
+from monai.transforms import MapTransform, Spacingd
 from monai.utils import ensure_tuple
 
 from .errors import UserError
@@ -75,20 +74,21 @@ class GridSpacingd(Spacingd):
 
 
 class LabelsOnScanGridd(MapTransform):
-    """Logits on the network's grid -> labels on the grid that the scan was stored on.
+    """Probabilities on the network's grid -> labels on the grid that the scan was stored on.
 
-    The logits are interpolated linearly and only then turned into labels, as nnU-Net does, but in one step and slab by
-    slab, so that no array of the scan's size times the number of classes ever exists.
+    They are interpolated linearly and only then turned into labels, as nnU-Net does, but in one step and slab by slab,
+    so that no array of the scan's size times the number of classes ever exists.
 
     Args:
-        keys: logits (classes, *network grid); replaced by labels (1, *scan grid) as a MetaTensor with its affine.
-        reference: the image that the logits were computed from, with the affine of the network's grid and, in its
-            metadata, `original_affine` and `spatial_shape` of the scan as MONAI's LoadImage leaves them.
+        keys: probabilities (classes, *network grid); replaced by labels (1, *scan grid), a MetaTensor with its affine.
+        reference: the image that they were computed from, with the affine of the network's grid and, in its metadata,
+            `original_affine` and `spatial_shape` of the scan as MONAI's LoadImage leaves them.
+        painted: see `labels_on_grid`.
     """
 
-    def __init__(self, keys: KeysCollection, reference: str = "image") -> None:
+    def __init__(self, keys: KeysCollection, reference: str = "image", painted: Sequence[int] | None = None) -> None:
         super().__init__(keys)
-        self.reference = reference
+        self.reference, self.painted = reference, painted
 
     def __call__(self, data: dict) -> dict:
         out = dict(data)
@@ -96,7 +96,7 @@ class LabelsOnScanGridd(MapTransform):
         scan_affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64, device="cpu")
         shape = [int(n) for n in np.asarray(image.meta["spatial_shape"]).ravel()[:3]]
         for key in self.key_iterator(out):
-            labels = labels_on_grid(out[key], image.affine, scan_affine, shape)
+            labels = labels_on_grid(out[key], image.affine, scan_affine, shape, painted=self.painted)
             meta = {k: v for k, v in image.meta.items() if k != "affine"}
             out[key] = MetaTensor(labels[None], affine=scan_affine, meta=meta)
         return out
@@ -126,44 +126,48 @@ class LabelOnImageGridd(MapTransform):
 
 
 def labels_on_grid(
-    logits: torch.Tensor,
+    scores: torch.Tensor,
     affine: torch.Tensor,
     target_affine: torch.Tensor,
     shape: Sequence[int],
     classes: int | None = None,
+    painted: Sequence[int] | None = None,
     slab_voxels: int = 2**21,
 ) -> torch.Tensor:
-    """The class of the largest linearly interpolated logit at each voxel of another grid; 0 outside the logits' grid.
+    """The label of the largest linearly interpolated score at each voxel of another grid; 0 outside the scores' grid.
 
     Args:
-        logits: (classes, X, Y, Z), any floating type and device; or a label map (1, X, Y, Z) of 0 .. `classes` - 1,
-            each voxel of which counts as a logit of 1.
-        affine: 4 x 4, logits voxel -> world (mm).
+        scores: (classes, X, Y, Z), any floating type and device; or a label map (1, X, Y, Z) of 0 .. `classes` - 1,
+            each voxel of which counts as a score of 1.
+        affine: 4 x 4, scores voxel -> world (mm).
         target_affine: 4 x 4, target voxel -> world (mm).
         shape: voxels of the target grid.
-        classes: number of labels where `logits` is a label map.
+        classes: number of labels where `scores` is a label map.
+        painted: of overlapping regions, the label that each is painted with where its probability is over one half,
+            later ones over earlier ones.
         slab_voxels: how many target voxels are computed at once.
 
     Returns:
         (*shape) on the CPU, uint8 (int16 over 256 classes).
     """
-    logits = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
-    to_logits = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()  # target voxel -> logits voxel
-    size = torch.tensor(logits.shape[1:], dtype=torch.float64)
-    labels = torch.empty(list(shape), dtype=torch.uint8 if (classes or len(logits)) <= 256 else torch.int16)
+    scores = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
+    to_scores = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()  # target voxel -> scores voxel
+    size = torch.tensor(scores.shape[1:], dtype=torch.float64)
+    largest = (classes or len(scores)) - 1 if painted is None else max(painted)
+    labels = torch.empty(list(shape), dtype=torch.uint8 if largest <= 255 else torch.int16)
     rows = max(1, slab_voxels // (shape[1] * shape[2]))
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
         axes = [torch.arange(start, stop), torch.arange(shape[1]), torch.arange(shape[2])]
-        at = sum(  # (rows, Y, Z, 3) logits voxel coordinates
-            axis.double().view([-1 if i == j else 1 for j in range(3)] + [1]) * to_logits[:3, i]
+        at = sum(  # (rows, Y, Z, 3) scores voxel coordinates
+            axis.double().view([-1 if i == j else 1 for j in range(3)] + [1]) * to_scores[:3, i]
             for i, axis in enumerate(axes)
         )
-        at = at + to_logits[:3, 3]
-        # only the part of the logits that this slab touches, as float
+        at = at + to_scores[:3, 3]
+        # only the part of the scores that this slab touches, as float
         low = at.amin(dim=(0, 1, 2)).floor().clamp(min=0).minimum(size - 1).long()
         high = at.amax(dim=(0, 1, 2)).ceil().clamp(min=0).minimum(size - 1).long() + 1
-        part = logits[(slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))]
+        part = scores[(slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))]
         if classes is not None:
             part = F.one_hot(part[0].long(), classes).movedim(-1, 0)
         extent = torch.tensor(part.shape[1:], dtype=torch.float64)
@@ -173,7 +177,15 @@ def labels_on_grid(
         )[0]
         # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
         inside = ((at > -1.0) & (at < size)).all(dim=-1)
-        labels[start:stop] = values.argmax(dim=0).to(labels.dtype).cpu() * inside
+        decided = values.argmax(dim=0) if painted is None else _painted(values, painted)
+        labels[start:stop] = decided.to(labels.dtype).cpu() * inside
+    return labels
+
+
+def _painted(probabilities: torch.Tensor, painted: Sequence[int]) -> torch.Tensor:
+    labels = torch.zeros(probabilities.shape[1:], dtype=torch.int16, device=probabilities.device)
+    for region, label in zip(probabilities, painted, strict=True):
+        labels[region > 0.5] = label
     return labels
 
 
@@ -208,74 +220,3 @@ class LabelWriter(NibabelWriter):
         image = super().create_backend_obj(np.atleast_3d(data_array), **kwargs)
         image.header.set_xyzt_units("mm", "sec")
         return image
-
-
-def crop_size(patch_size: Sequence[int], max_angle: float = math.pi / 6, max_zoom_out: float = 1.4) -> list[int]:
-    """Edge lengths of a crop from which a rotated and zoomed patch can be cut without running over its border.
-
-    nnU-Net's rule: turn the patch by `max_angle` (radians) about each axis and divide by 0.85, which covers most zooms;
-    128 -> 205. Source: recipe of nnU-Net v1, `get_patch_size` and `nnUNetTrainerV2.setup_DA_params`.
-    """
-    size = np.array(patch_size, dtype=float)
-    largest = size.copy()
-    for axis in range(3):
-        i, j = [a for a in range(3) if a != axis]
-        turned = largest * 0
-        turned[axis] = size[axis]
-        turned[i] = size[i] * math.cos(max_angle) + size[j] * math.sin(max_angle)
-        turned[j] = size[j] * math.cos(max_angle) + size[i] * math.sin(max_angle)
-        largest = np.maximum(largest, turned)
-    return [int(n) for n in largest / 0.85]
-
-
-class RandPatchd(RandomizableTransform, MapTransform):
-    """Cuts one random patch, which may hang over the scan's border and is zero there, by nnU-Net's sampling rule.
-
-    With probability `foreground` it is centred on a voxel of a class drawn uniformly from those present, else it lies
-    anywhere. MONAI's crops stay inside the image, so that a crop larger than the final patch never shows its border.
-
-    Args:
-        keys: arrays (channels, *space) on one grid.
-        size: voxels to cut.
-        patch_size: the part of it that the network will see; how far `size` may hang over depends on it.
-        indices_key: per class the flat indices of its voxels, as MONAI's ClassesToIndicesd leaves them.
-        foreground: probability of a patch centred on a foreground class (nnU-Net: one of every two).
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        size: Sequence[int],
-        patch_size: Sequence[int],
-        indices_key: str = "label_cls_indices",
-        foreground: float = 0.5,
-    ) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob=1.0)
-        self.size, self.patch_size = np.array(size), np.array(patch_size)
-        self.indices_key, self.foreground = indices_key, foreground
-
-    def randomize(self, data: dict) -> np.ndarray:
-        """The patch's first voxel, which may be negative."""
-        shape = np.array(data[self.keys[0]].shape[1:])
-        pad = np.maximum(self.size - self.patch_size, self.size - shape)
-        lowest, highest = -(pad // 2), shape + pad // 2 + pad % 2 - self.size
-        present = [indices for indices in data[self.indices_key][1:] if len(indices)]
-        if present and self.R.random() < self.foreground:
-            indices = present[self.R.randint(len(present))]
-            centre = np.array(np.unravel_index(int(indices[self.R.randint(len(indices))]), shape))
-            return np.maximum(lowest, centre - self.size // 2)
-        return np.array([self.R.randint(low, high + 1) for low, high in zip(lowest, highest, strict=True)])
-
-    def __call__(self, data: dict) -> dict:
-        out = {k: v for k, v in data.items() if k != self.indices_key}
-        start = self.randomize(data)
-        for key in self.key_iterator(out):
-            array = out[key]
-            shape = np.array(array.shape[1:])
-            low, high = np.clip(start, 0, shape), np.clip(start + self.size, 0, shape)
-            inside = array[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
-            before, after = low - start, start + self.size - high
-            pads = [int(n) for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
-            out[key] = F.pad(inside, pads)
-        return out

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, save
 
-from scripts.data import cases, channel_names, image_files, label_names
+from scripts import labels
+from scripts.data import cases, channel_names, image_files
 from scripts.errors import UserError
 from scripts.layouts import convert_layout
 
@@ -89,7 +90,7 @@ def test_single_channels_are_linked_not_copied(phantom_dir, tmp_path):
         assert one["case"] == other["case"]
         assert Path(one["image"]).samefile(other["image"])
         assert Path(one["label"]).samefile(other["label"])
-    assert label_names(str(tmp_path / "Dataset001_Phantom")) == label_names(str(source))
+    assert labels.read(str(tmp_path / "Dataset001_Phantom")) == labels.read(str(source))
     assert channel_names(str(tmp_path / "Dataset001_Phantom")) == channel_names(str(source))
 
 

@@ -76,6 +76,7 @@ def test_the_command_lists_everything_and_fails_on_errors(phantom_dir, tmp_path)
     shutil.copytree(phantom_dir, folder)
     bad = folder / "imagesTr/phantom_01.nii.gz"
     bad.write_bytes(bad.read_bytes()[:100])
+    (folder / "labelsTr/phantom_00.nii.gz").unlink()
     shutil.copy(folder / "imagesTr/phantom_02.nii.gz", folder / "imagesTr/stray.nii.gz")
     for kind in ("imagesTr", "labelsTr"):
         shutil.copy(folder / kind / "phantom_03.nii.gz", folder / kind / "phantom_04.nii.gz")
@@ -85,17 +86,24 @@ def test_the_command_lists_everything_and_fails_on_errors(phantom_dir, tmp_path)
         "checking", "--config_file", "configs/plan.json", "--dataset_dir", folder, "--output_dir", tmp_path, fails=True
     )
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().endswith(f"error: 1 cases of {folder} cannot be used; mend them as said above.")
+    said = f"error: 2 errors in {folder} keep it from being trained on; mend them as said above."
+    assert done.stderr.strip().endswith(said)
     findings = json.loads((tmp_path / "check.json").read_text())
-    assert [finding["severity"] for finding in findings] == ["error"] + ["warning"] * 3
+    assert [finding["severity"] for finding in findings] == ["error"] * 2 + ["warning"] * 3
     for finding, words in zip(
         findings,
-        ("not a complete NIfTI", "stray.nii.gz belongs to no case", '"numTraining" 9', "voxels of"),
+        (
+            "phantom_00.nii.gz not found; add it or remove case phantom_00",
+            "not a complete NIfTI",
+            "stray.nii.gz belongs to no case",
+            '"numTraining" 9',
+            "voxels of",
+        ),
         strict=True,
     ):
         assert words in finding["message"]
         assert f"{finding['severity']}: {finding['message']}" in done.stdout
-    assert "1 errors, 3 warnings" in done.stdout
+    assert "2 errors, 3 warnings" in done.stdout
 
 
 def test_a_clean_data_set_passes(phantom_dir, tmp_path):

@@ -18,8 +18,6 @@ from scripts.transforms import (
     LabelOnImageGridd,
     LabelsOnScanGridd,
     LabelValuesd,
-    RandPatchd,
-    crop_size,
     labels_on_grid,
 )
 
@@ -98,6 +96,14 @@ def test_same_grid_is_plain_argmax():
     torch.manual_seed(0)
     logits = torch.randn(5, 9, 8, 7)
     assert torch.equal(labels_on_grid(logits, torch.eye(4), torch.eye(4), (9, 8, 7)), logits.argmax(0).byte())
+
+
+def test_regions_over_one_half_are_painted_over_one_another_in_their_order():
+    probabilities = torch.tensor([[0.9, 0.9, 0.2, 0.51, 0.5], [0.1, 0.8, 0.7, 0.1, 0.5]]).view(2, 5, 1, 1)
+    found = labels_on_grid(probabilities, torch.eye(4), torch.eye(4), (5, 1, 1), painted=[3, 1])
+    assert found[:, 0, 0].tolist() == [3, 1, 1, 3, 0]
+    swapped = labels_on_grid(probabilities.flip(0), torch.eye(4), torch.eye(4), (5, 1, 1), painted=[1, 3])
+    assert swapped[:, 0, 0].tolist() == [3, 3, 1, 3, 0]
 
 
 def two_balls(at: np.ndarray) -> np.ndarray:
@@ -185,53 +191,3 @@ def test_file_name_keeps_the_case_and_drops_only_a_channel():
     assert case_name({"filename_or_obj": "a/case_7_0000.nii.gz"})["subject"] == "case_7"
     assert case_name({"filename_or_obj": "a/scan_2024.nii.gz"})["subject"] == "scan_2024"
     assert case_name({"filename_or_obj": "scan.v2.nii"})["subject"] == "scan.v2"
-
-
-def test_crop_of_the_paper():
-    assert crop_size([128, 128, 128]) == [205, 205, 205]
-
-
-class TestRandPatch:
-    """nnU-Net's sampling rule."""
-
-    def draw(self, count, shape=(20, 30, 40), size=(16, 16, 16), patch=(8, 8, 8), foreground=0.5, indices=None):
-        cut = RandPatchd(["image"], size, patch, foreground=foreground)
-        cut.set_random_state(seed=1)
-        data = {"image": torch.arange(np.prod(shape)).reshape(1, *shape), "label_cls_indices": indices or [[], []]}
-        return np.array([cut.randomize(data) for _ in range(count)]), cut(data)["image"], data
-
-    def test_random_patches_reach_half_the_overhang_on_both_sides(self):
-        starts, _, _ = self.draw(4000)
-        assert starts.min(axis=0).tolist() == [-4, -4, -4]
-        assert starts.max(axis=0).tolist() == [8, 18, 28]  # shape + 4 - 16
-
-    def test_forced_patches_have_the_voxel_in_the_middle(self):
-        voxel = np.ravel_multi_index((19, 29, 39), (20, 30, 40))  # the last corner: hangs over
-        starts, _, _ = self.draw(10, foreground=1.0, indices=[[0], [voxel]])
-        assert (starts == (11, 21, 31)).all()
-
-    def test_classes_are_drawn_evenly_whatever_their_size(self):
-        many = [np.ravel_multi_index((10, 15, z), (20, 30, 40)) for z in range(10, 20)]
-        one = [np.ravel_multi_index((15, 15, 15), (20, 30, 40))]
-        starts, _, _ = self.draw(2000, foreground=1.0, indices=[[], many, one, []])
-        share = (starts[:, 0] == 7).mean()
-        assert abs(share - 0.5) < 4 * np.sqrt(0.25 / 2000)  # four standard errors
-
-    def test_half_of_the_patches_are_forced(self):
-        voxel = np.ravel_multi_index((10, 15, 20), (20, 30, 40))
-        starts, _, _ = self.draw(2000, indices=[[], [voxel]])
-        share = (starts == (2, 7, 12)).all(axis=1).mean()
-        assert abs(share - 0.5) < 4 * np.sqrt(0.25 / 2000)
-
-    def test_what_hangs_over_is_zero_and_the_rest_is_the_scan(self):
-        voxel = np.ravel_multi_index((0, 0, 39), (20, 30, 40))
-        _, patch, data = self.draw(1, foreground=1.0, indices=[[], [voxel]])
-        assert patch.shape == (1, 16, 16, 16)
-        assert (patch[0, :4] == 0).all()  # pads end at half the overhang: 4 voxels before the first
-        assert torch.equal(patch[0, 4:, 4:, :9], data["image"][0, :12, :12, 31:])
-        assert (patch[0, :, :, 9:] == 0).all()
-
-    def test_a_scan_smaller_than_the_patch_is_padded(self):
-        _, patch, data = self.draw(1, shape=(5, 6, 7))
-        assert patch.shape == (1, 16, 16, 16)
-        assert set(patch.unique().tolist()) == set(data["image"].unique().tolist())

@@ -1,0 +1,122 @@
+"""Which patches of which cases are seen in training: nnU-Net's rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence, Sized
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, RandomizableTransform
+from torch.utils.data import Sampler
+
+FOREGROUND = 1 / 3  # nnU-Net's share, which rounds to one of two
+
+
+class PatchSampler(Sampler):
+    """Draws cases with replacement, and for each whether its patch must show foreground: the last third of every batch.
+
+    Yields (index of the case, whether foreground is forced). Of a batch of two the second is forced; a batch of one is
+    forced in a third of the draws.
+
+    Args:
+        data_source: the cases.
+        batch_size: patches in a batch.
+        iterations: batches in an epoch.
+    """
+
+    def __init__(self, data_source: Sized, batch_size: int, iterations: int) -> None:
+        self.data_source, self.batch_size, self.iterations = data_source, batch_size, iterations
+
+    def __len__(self) -> int:
+        return self.batch_size * self.iterations
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        cases = torch.randint(len(self.data_source), (len(self),), generator=generator).tolist()
+        draws = torch.rand(len(self), generator=generator).tolist()
+        first = round(self.batch_size * (1 - FOREGROUND))  # nnU-Net v1, dataset_loading.py
+        for number, case in enumerate(cases):
+            yield case, draws[number] < FOREGROUND if self.batch_size == 1 else number % self.batch_size >= first
+
+
+def crop_size(patch_size: Sequence[int], rotate_range: Sequence[float] = (math.pi / 6,) * 3) -> list[int]:
+    """Edge lengths of a crop from which a rotated and zoomed patch can be cut, mostly without running over its border.
+
+    nnU-Net's rule: turn the patch about each axis by its largest angle, 90 degrees at most, and divide by 0.85, which
+    covers most zooms; 128 -> 205. Source: recipe of nnU-Net v1, `get_patch_size` and `nnUNetTrainerV2.setup_DA_params`.
+
+    Args:
+        patch_size: voxels; one voxel along the last axis in 2D.
+        rotate_range: largest angle about each axis in radians; in 2D 0 about the first two.
+    """
+    size = np.array(patch_size, dtype=float)
+    largest = size.copy()
+    for axis, angle in enumerate(np.minimum(rotate_range, math.pi / 2)):
+        i, j = [a for a in range(3) if a != axis]
+        turned = size.copy()
+        turned[i] = size[i] * math.cos(angle) + size[j] * math.sin(angle)
+        turned[j] = size[j] * math.cos(angle) + size[i] * math.sin(angle)
+        largest = np.maximum(largest, turned)
+    return [int(n) for n in largest / 0.85]
+
+
+class RandPatchd(RandomizableTransform, MapTransform):
+    """Cuts one random patch, which may hang over the scan's border and is zero there, by nnU-Net's sampling rule.
+
+    Where foreground is forced it is centred on a voxel of a class drawn uniformly from those present, else it lies
+    anywhere, or, where some voxels are to be ignored, is centred on an annotated one. MONAI's crops stay inside the
+    image, so that a crop larger than the final patch never shows its border.
+
+    Args:
+        keys: arrays (channels, *space) on one grid.
+        size: voxels to cut.
+        patch_size: the part of it that the network will see; how far `size` may hang over depends on it.
+        indices_key: per class the flat indices of its voxels, as MONAI's ClassesToIndicesd leaves them.
+        forced_key: whether foreground is forced, as PatchSampler says.
+        ignore: index of voxels to ignore, or None.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        size: Sequence[int],
+        patch_size: Sequence[int],
+        indices_key: str = "label_cls_indices",
+        forced_key: str = "foreground",
+        ignore: int | None = None,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.size, self.patch_size = np.array(size), np.array(patch_size)
+        self.indices_key, self.forced_key, self.ignore = indices_key, forced_key, ignore
+
+    def randomize(self, data: dict) -> np.ndarray:
+        """The patch's first voxel, which may be negative."""
+        shape = np.array(data[self.keys[0]].shape[1:])
+        pad = np.maximum(self.size - self.patch_size, self.size - shape)
+        lowest, highest = -(pad // 2), shape + pad // 2 + pad % 2 - self.size
+        annotated = data[self.indices_key][: self.ignore]
+        wanted = [indices for indices in annotated[data[self.forced_key] :] if len(indices)]
+        if wanted and (data[self.forced_key] or self.ignore is not None):
+            sizes = np.array([len(indices) for indices in wanted], dtype=float)
+            even = data[self.forced_key]
+            indices = wanted[self.R.choice(len(wanted), p=None if even else sizes / sizes.sum())]
+            centre = np.array(np.unravel_index(int(indices[self.R.randint(len(indices))]), shape))
+            return np.maximum(lowest, centre - self.size // 2)
+        return np.array([self.R.randint(low, high + 1) for low, high in zip(lowest, highest, strict=True)])
+
+    def __call__(self, data: dict) -> dict:
+        out = {k: v for k, v in data.items() if k not in (self.indices_key, self.forced_key)}
+        start = self.randomize(data)
+        for key in self.key_iterator(out):
+            array = out[key]
+            shape = np.array(array.shape[1:])
+            low, high = np.clip(start, 0, shape), np.clip(start + self.size, 0, shape)
+            inside = array[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
+            before, after = low - start, start + self.size - high
+            pads = [int(n) for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+            out[key] = F.pad(inside, pads)
+        return out
