@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from . import settings as model_settings
 from .checkpoints import compare, load, save
 from .errors import UserError
+from .optim import take_up
 
 logger = logging.getLogger("mednext")
 
@@ -20,7 +21,7 @@ logger = logging.getLogger("mednext")
 class TrainingRun:
     """What a training run keeps: the best weights, and all it takes to go on after an interruption.
 
-    In `folder`: `model.pt` (plain state dict of the best validation score) with `model.json` beside it, and
+    In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
     `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run
     first sets aside what an earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or
     not at all.
@@ -29,19 +30,30 @@ class TrainingRun:
         folder: where to keep things.
         network: the network, not wrapped for distribution.
         optimizer: its optimizer.
-        lr_scheduler: its learning rate schedule.
+        lr_scheduler: its learning rate schedule, see optim.py.
         evaluator: engine whose key metric decides what is best (higher is better).
         settings: the control panel's values that belong to the weights.
+        keep: "best", or "last" as published, whose scores on the held-out cases are not those it was chosen by.
         resume: go on from `training/checkpoint.pt`.
 
     Raises:
-        UserError: `resume` without a checkpoint, or with one of another network.
+        UserError: another `keep`; `resume` without a checkpoint, or with one of another network.
     """
 
     def __init__(
-        self, folder, network, optimizer, lr_scheduler, evaluator, settings: dict, resume: bool = False
+        self,
+        folder,
+        network,
+        optimizer,
+        lr_scheduler,
+        evaluator,
+        settings: dict,
+        keep: str = "best",
+        resume: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        if keep not in ("best", "last"):
+            raise UserError(f"keep is {keep!r}; expected best or last.")
+        self.folder, self.keep = Path(folder), keep
         self.network, self.optimizer, self.lr_scheduler, self.evaluator = network, optimizer, lr_scheduler, evaluator
         self.settings, self.resume = settings, resume
         self.weights = self.folder / "model.pt"
@@ -57,7 +69,7 @@ class TrainingRun:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
-        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.keep_best)
+        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.keep_weights)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def start(self, engine: Engine) -> None:
@@ -70,12 +82,8 @@ class TrainingRun:
         state, self.state = self.state, None
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        total = getattr(self.lr_scheduler, "total_iters", None)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if total is not None and total != self.lr_scheduler.total_iters:  # more or fewer epochs than planned at first
-            self.lr_scheduler.total_iters = total
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler._get_closed_form_lr(), strict=True):
-                group["lr"] = rate
+        take_up(self.lr_scheduler)
         if engine.scaler is not None and state["scaler"]:
             engine.scaler.load_state_dict(state["scaler"])
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
@@ -91,6 +99,8 @@ class TrainingRun:
         kept.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.parent.exists() and not (kept / "training").exists():
             self.checkpoint.parent.rename(kept / "training")
+        if (decided := self.folder / "postprocessing.json").exists():  # for the earlier weights, not for new ones
+            decided.rename(kept / decided.name)
         for file in (self.weights, model_settings.settings_file(self.weights)):
             if file.exists():  # copied, since it stays in use until better weights replace it
                 shutil.copy2(file, kept / file.name)
@@ -110,9 +120,9 @@ class TrainingRun:
         }
         save(state, self.checkpoint)
 
-    def keep_best(self, evaluator: Engine) -> None:
+    def keep_weights(self, evaluator: Engine) -> None:
         metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
-        if not metric > self.best_metric and self.best_epoch:
+        if self.keep == "best" and not metric > self.best_metric and self.best_epoch:
             return
         self.best_metric = metric if metric == metric else float("-inf")  # nan: no validation case has foreground
         self.best_epoch = evaluator.state.epoch

@@ -11,6 +11,7 @@ import torch
 from scripts import settings
 from scripts.checkpoints import load
 from scripts.errors import UserError
+from scripts.optim import polynomial
 from scripts.runs import TrainingRun
 
 
@@ -28,19 +29,19 @@ def test_settings_beside_weights_override_defaults(tmp_path):
 class TestTrainingRun:
     """The life of a small network's files."""
 
-    def run_of(self, folder, resume=False, epochs=10):
+    def run_of(self, folder, resume=False, epochs=10, keep="best"):
         network = torch.nn.Linear(2, 1)
         optimizer = torch.optim.AdamW(network.parameters(), lr=1.0)
-        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=epochs, power=0.9)
+        scheduler = polynomial(optimizer, epochs)
         evaluator = SimpleNamespace(state=SimpleNamespace(metrics={}, key_metric_name="dice", epoch=0))
         trainer = SimpleNamespace(
             state=SimpleNamespace(epoch=0, iteration=0, epoch_length=5, max_epochs=epochs), scaler=None
         )
-        return TrainingRun(folder, network, optimizer, scheduler, evaluator, {"size": "S"}, resume), trainer
+        return TrainingRun(folder, network, optimizer, scheduler, evaluator, {"size": "S"}, keep, resume), trainer
 
     def validate(self, run, epoch, dice):
         run.evaluator.state.epoch, run.evaluator.state.metrics = epoch, {"dice": dice}
-        run.keep_best(run.evaluator)
+        run.keep_weights(run.evaluator)
 
     def test_only_better_weights_replace_the_best(self, tmp_path):
         run, _ = self.run_of(tmp_path)
@@ -49,6 +50,16 @@ class TestTrainingRun:
             self.validate(run, epoch, dice)
         assert load(tmp_path / "model.pt")["weight"].unique() == 2
         assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 2, "dice": 0.7}
+
+    def test_the_last_weights_are_kept_if_asked_for(self, tmp_path):
+        run, _ = self.run_of(tmp_path, keep="last")
+        for epoch, dice in ((1, 0.7), (2, 0.5)):
+            torch.nn.init.constant_(run.network.weight, epoch)
+            self.validate(run, epoch, dice)
+        assert load(tmp_path / "model.pt")["weight"].unique() == 2
+        assert json.loads((tmp_path / "model.json").read_text())["dice"] == 0.5
+        with pytest.raises(UserError, match="keep is 'first'; expected best or last"):
+            self.run_of(tmp_path, keep="first")
 
     def test_weights_are_kept_even_if_no_case_can_be_scored(self, tmp_path):
         run, _ = self.run_of(tmp_path)
@@ -96,12 +107,15 @@ class TestTrainingRun:
         self.validate(run, 1, 0.7)
         run.save(trainer)
         old = load(tmp_path / "model.pt")["weight"]
+        (tmp_path / "postprocessing.json").write_text("{}")
         new, restarted = self.run_of(tmp_path)
         new.start(restarted)
         self.validate(new, 1, 0.1)
         kept = next((tmp_path / "previous").iterdir())
         assert torch.equal(load(kept / "model.pt")["weight"], old)
         assert (kept / "model.json").is_file()
+        assert (kept / "postprocessing.json").is_file()
+        assert not (tmp_path / "postprocessing.json").exists()
         assert (kept / "training" / "checkpoint.pt").is_file()
         assert not (tmp_path / "training").exists()
 
