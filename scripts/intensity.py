@@ -16,6 +16,7 @@ from .errors import UserError
 SCHEMES = ("zscore", "zscore_nonzero", "rescale_to_0_1", "rgb_to_0_1", "none")
 CT = ("clip", "mean", "std")
 EPSILON = 1e-8  # nnU-Net's, so that a constant channel becomes zero
+RINGING = 0.01  # standard deviations; what cubic interpolation leaves some voxels outside a mask
 
 
 def schemes(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -> list[str | dict]:
@@ -45,11 +46,17 @@ def schemes(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -
     return found
 
 
+def masked(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -> list[int]:
+    """The channels that are 0 outside the region in which they are normalised."""
+    return [channel for channel, scheme in enumerate(schemes(intensity, channels)) if scheme == "zscore_nonzero"]
+
+
 class Intensityd(MapTransform):
     """Normalises an image (C, *space) by its channels' schemes.
 
     It stands in the list twice, since "zscore_nonzero" needs the stored voxels (interpolation would smear the border of
-    its mask) and all others the voxels of the network's grid, as in nnU-Net v1.
+    its mask) and all others the voxels of the network's grid, as in nnU-Net v1. On the grid, too, what rang around the
+    mask when it was interpolated is set to 0 again.
 
     Args:
         keys: images.
@@ -67,32 +74,54 @@ class Intensityd(MapTransform):
         out = dict(data)
         for key in self.key_iterator(out):
             found = schemes(self.intensity, len(out[key]))
-            at_stage = [(scheme == "zscore_nonzero") == (self.stage == "stored") for scheme in found]
-            if any(at_stage) and not all(scheme == "none" for scheme in found):
-                out[key] = self._normalised(out[key], found, at_stage)
+            within = masked(self.intensity, len(out[key]))
+            everywhere = [c for c, scheme in enumerate(found) if c not in within and scheme != "none"]
+            if not (within or (everywhere and self.stage == "grid")):
+                continue
+            out[key] = out[key].float().clone()
+            plain = out[key].as_tensor() if isinstance(out[key], MetaTensor) else out[key]  # the same memory
+            if self.stage == "grid":
+                for channel in everywhere:
+                    _normalise(plain[channel], found[channel])
+            if within:
+                _normalise_within(plain, within) if self.stage == "stored" else _clear_outside(plain, within)
         return out
 
-    @staticmethod
-    def _normalised(image: torch.Tensor, found: Sequence[str | Mapping], at_stage: Sequence[bool]) -> torch.Tensor:
-        image, inside = image.float().clone(), None
-        plain = image.as_tensor() if isinstance(image, MetaTensor) else image  # the same memory
-        if "zscore_nonzero" in found and at_stage[found.index("zscore_nonzero")]:
-            inside = torch.from_numpy(binary_fill_holes((plain != 0).any(dim=0).cpu().numpy())).to(image.device)
-        for channel, scheme, now in zip(plain, found, at_stage, strict=True):
-            if not now or scheme == "none":
-                continue
-            if isinstance(scheme, Mapping):
-                channel.clamp_(*scheme["clip"]).sub_(scheme["mean"]).div_(max(scheme["std"], EPSILON))
-            elif scheme == "rescale_to_0_1":
-                channel.sub_(channel.min()).div_(channel.max().clamp_min(EPSILON))
-            elif scheme == "rgb_to_0_1":
-                channel.div_(255)
-            elif scheme == "zscore":
-                channel.sub_(channel.mean()).div_(channel.std(correction=0) + EPSILON)
-            elif inside.any():
-                values = channel[inside]
-                channel.sub_(values.mean()).div_(values.std(correction=0) + EPSILON).mul_(inside)
-        return image
+
+def _normalise(channel: torch.Tensor, scheme: str | Mapping) -> None:
+    if isinstance(scheme, Mapping):
+        channel.clamp_(*scheme["clip"]).sub_(scheme["mean"]).div_(max(scheme["std"], EPSILON))
+    elif scheme == "rescale_to_0_1":
+        channel.sub_(channel.min()).div_(channel.max().clamp_min(EPSILON))
+    elif scheme == "rgb_to_0_1":
+        channel.div_(255)
+    else:  # zscore
+        _standardise(channel, channel)
+
+
+def _standardise(channel: torch.Tensor, values: torch.Tensor) -> None:
+    mean = values.mean(dtype=torch.float64)  # in float32 it would depend on the number of threads
+    deviation = (values - mean.float()).square_().mean(dtype=torch.float64).sqrt()
+    channel.sub_(mean.float()).div_((deviation + EPSILON).float())
+
+
+def _normalise_within(image: torch.Tensor, channels: Sequence[int]) -> None:
+    """The voxels in which any channel is not 0, as nnU-Net has it; all others stay 0."""
+    inside = _filled(image != 0)
+    for channel in channels if inside.any() else ():
+        _standardise(image[channel], image[channel][inside])
+        image[channel].mul_(inside)
+
+
+def _clear_outside(image: torch.Tensor, channels: Sequence[int]) -> None:
+    inside = _filled(image[channels].abs() > RINGING)
+    for channel in channels:
+        image[channel].mul_(inside)
+
+
+def _filled(mask: torch.Tensor) -> torch.Tensor:
+    """(C, *space) -> (*space): where any channel is set, holes filled."""
+    return torch.from_numpy(binary_fill_holes(mask.any(dim=0).cpu().numpy())).to(mask.device)
 
 
 class CropNonzerod(MapTransform):
