@@ -24,34 +24,53 @@ logger = logging.getLogger("mednext")
 def check_settings(
     size: str,
     kernel_size: int,
+    dim: str,
     patch_size: Sequence[int],
     spacing: Sequence[float],
     switches: Mapping[str, object],
     channels: Sequence[str],
     labels: Sequence[str],
+    label_values: Sequence[int],
     planned_for: Mapping[str, object] | None = None,
+    recipe: Mapping[str, object] | None = None,
 ) -> None:
     """The control panel's own values.
 
     Args:
         size: row of the table of sizes.
         kernel_size: depthwise kernel.
-        patch_size: voxels.
+        dim: "2d" or "3d".
+        patch_size: voxels; in 2D one along the last axis.
         spacing: mm.
         switches: what is on or off, by name.
         channels: names of the data set's channels.
-        labels: names of its labels.
+        labels: names of the network's channels, see labels.py.
+        label_values: values in its label files.
         planned_for: what a plan overlay says it was made for, see plan.py.
+        recipe: "name", "channels", "labels", "label_values" and "needs_plan" of a published data set's overlay.
 
     Raises:
-        UserError: a value that no network or grid can have, or a plan of another data set.
+        UserError: a value that no network or grid can have, a plan or a recipe of another data set, or a recipe
+            without the plan that it needs.
     """
-    for name, found in {"channels": list(channels), "labels": list(labels)}.items():
-        if planned_for and list(planned_for[name]) != found:
+    planning = "python -m monai.bundle run planning --config_file configs/plan.json --dataset_dir FOLDER"
+    described = {"channels": list(channels), "labels": list(labels), "label_values": list(label_values)}
+    for name, found in described.items():
+        if planned_for and name in planned_for and list(planned_for[name]) != found:
             raise UserError(
                 f"the plan is for the {name} {list(planned_for[name])}, the data set has {found}; plan this data set:"
-                " python -m monai.bundle run planning --config_file configs/plan.json --dataset_dir FOLDER"
+                f" {planning}"
             )
+        if recipe and list(recipe[name]) != found:
+            raise UserError(
+                f"the recipe {recipe['name']} is for the {name} {list(recipe[name])}, the data set has {found};"
+                " write dataset.json as docs/how-to/datasets.md says, or leave the recipe out."
+            )
+    if recipe and recipe["needs_plan"] and planned_for is None:
+        raise UserError(
+            f"the recipe {recipe['name']} takes its intensities from a plan; make one ({planning}) and give"
+            " --config_file \"['configs/train.json','plan.json','RECIPE']\"."
+        )
     for name, value in switches.items():
         if not isinstance(value, bool):  # the command line reads "false" as a text, which counts as on
             raise UserError(f"{name} is {value!r}; expected True or False: give --{name} False, with a capital letter.")
@@ -59,10 +78,15 @@ def check_settings(
         raise UserError(f"size is {size!r}; expected one of {', '.join(SIZES)}: give --size S, for example.")
     if kernel_size not in KERNEL_SIZES:
         raise UserError(f"kernel_size is {kernel_size!r}; expected one of {', '.join(map(str, KERNEL_SIZES))}.")
-    if len(patch_size) != 3 or min(patch_size) < 16 or max(patch_size) <= 16 or any(n % 16 for n in patch_size):
+    if dim not in ("2d", "3d"):
+        raise UserError(f"dim is {dim!r}; expected 2d or 3d.")
+    sides, flat = (patch_size[:2], patch_size[2:] == [1]) if dim == "2d" else (patch_size, True)
+    if not flat or len(patch_size) != 3 or min(sides) < 16 or max(sides) <= 16 or any(n % 16 for n in sides):
+        wanted = "two multiples of 16 voxels and 1" if dim == "2d" else "three multiples of 16 voxels"
+        example = "[512,512,1]" if dim == "2d" else "[48,64,48]"
         raise UserError(
-            f"patch_size is {list(patch_size)}; expected three multiples of 16 voxels with at least one over 16,"
-            ' for example --patch_size "[48,64,48]".'
+            f"patch_size is {list(patch_size)}; expected {wanted} with at least one over 16, for example --patch_size"
+            f' "{example}".'
         )
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise UserError(f"spacing is {list(spacing)} mm; expected three positive lengths, for example [1.0, 1.0, 1.0].")
