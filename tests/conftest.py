@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from scripts.phantom import phantom
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 TRAIN = "configs/train.json"
+CACHE = tempfile.TemporaryDirectory(prefix="mednext-cache-")
 TINY = ("--patch_size", "[32,32,32]", "--iterations", "2", "--num_workers", "0")
 
 
@@ -25,8 +27,9 @@ def overlays(*names: str) -> tuple[str, str]:
 
 
 def bundle(*args: object, cwd: Path = ROOT, fails: bool = False, launcher: tuple = ()) -> subprocess.CompletedProcess:
-    """`python -m monai.bundle run ARGS`; stdout and stderr as text."""
+    """`python -m monai.bundle run ARGS`; stdout and stderr as text. Prepared cases are shared by all tests."""
     command = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, args)]
+    command += ["--cache_dir", CACHE.name] if "train.json" in str(args) else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == fails, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

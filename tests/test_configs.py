@@ -18,7 +18,10 @@ OVERLAYS = {
     "training": ["train"],
     "demo training": ["train", "demo"],
     "hippocampus training": ["train", "recipes/hippocampus"],
+    "2D training": ["train", "recipes/2d"],
+    **{f"{name} training": ["train", f"recipes/{name}"] for name in ("btcv", "amos22", "kits19", "brats21")},
     "evaluating": ["train", "evaluate"],
+    "pooling": ["train", "pool"],
     "distributed training": ["train", "multi_gpu_train"],
     "distributed evaluating": ["train", "evaluate", "multi_gpu_evaluate"],
     "inference": ["inference"],
@@ -75,8 +78,10 @@ def test_shared_settings_and_definitions_have_the_same_text():
         "device",
         "amp",
         "amp_kwargs",
-        "model_file",
+        "activation",
         "overlap",
+        "tiles",
+        "tta",
     ):
         assert json.dumps(train[key]) == json.dumps(inference[key]), key
     assert train["validate"]["inferer"] == inference["inferer"]
@@ -85,7 +90,8 @@ def test_shared_settings_and_definitions_have_the_same_text():
 @pytest.mark.parametrize("name", ["evaluate", "inference"])
 def test_defaults_for_weights_without_settings_are_those_of_training(name):
     train, trained = read("train"), read(name)["trained"]
-    shared = {"size", "kernel_size", "deep_supervision", "spacing", "patch_size", "fold"} & set(trained)
+    own = {"size", "kernel_size", "dim", "deep_supervision", "spacing", "patch_size", "mirror_axes", "fold"}
+    shared = own & set(trained)
     assert len(shared) >= 5
     assert {key: trained[key] for key in shared} == {key: train[key] for key in shared}
 
@@ -119,9 +125,15 @@ def test_overlays_only_touch_what_exists(names):
             assert key.lstrip("+").split("#")[0] in {
                 *base,
                 "trained",
+                "ensemble",
+                "postprocessing_file",
                 "save_predictions",
                 "nsd_tolerance_mm",
+                "report",
                 "evaluating",
+                "cases",
+                "decide",
+                "pooling",
                 "finalize",
             }
     parser = ConfigParser()
@@ -146,7 +158,8 @@ def test_recipe_is_the_papers():
 
 def test_loss_is_the_mean_of_five_resolutions_with_the_published_weights():
     train = read("train")
-    parser = ConfigParser({"loss": train["train"]["loss"], "batch_dice": False, "imports": ["$import torch"]})
+    settings = {"batch_dice": False, "regions": None, "label_values": [0, 1, 2], "ignore": None}
+    parser = ConfigParser({"loss": train["train"]["loss"], "imports": train["imports"], **settings})
     loss = parser.get_parsed_content("loss")
     torch.manual_seed(0)
     label = torch.randint(0, 3, (2, 1, 32, 32, 32)).float()

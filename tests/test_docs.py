@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from scripts.convert import convert
+from scripts.crossval import cross_validate
 from scripts.layouts import convert_layout
 from scripts.memory import memory
 
@@ -24,8 +25,8 @@ def test_the_python_of_a_how_to_runs(page, tmp_path):
     assert code
     (tmp_path / "mednext").symlink_to(ROOT / "scripts")  # as pip would install it
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-        timeout=300,
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, timeout=300,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -42,8 +43,9 @@ def test_commands_name_settings_that_exist():
     for command in re.findall(r"monai\.bundle run .*(?:\\\n.*)*", text):
         for name in re.findall(r"--(\w+)", command):
             assert name == "config_file" or f'"{name}"' in configs, f"--{name} in {command}"
-    for module, function in {"convert": convert, "memory": memory, "layouts": convert_layout}.items():
+    modules = {"convert": convert, "memory": memory, "layouts": convert_layout, "crossval": cross_validate}
+    for module, function in modules.items():
         commands = re.findall(rf"python -m (?:scripts|mednext)\.{module} ([^`\n#]*)", text)
         assert commands
-        given = set(re.findall(r"--(\w+)", " ".join(commands)))
-        assert given <= inspect.signature(function).parameters.keys()
+        given, takes = set(re.findall(r"--(\w+)", " ".join(commands))), inspect.signature(function).parameters
+        assert all(name in takes or ("values" in takes and f'"{name}"' in configs) for name in given), given

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, bundle, overlays
 
-from scripts import data
+from scripts import data, labels
 
 DATASETS = {  # name: patch, why it is here
     "Task04_Hippocampus": "[32,48,32]",  # Decathlon layout, scans smaller than the patch, integer and float files
@@ -47,7 +47,7 @@ def test_a_published_data_set_trains_scores_and_infers(name, tmp_path):
     )  # fmt: skip
     case = data.validation_cases(str(folder), 0)[0]
     with open(tmp_path / "cases.csv") as file:
-        assert [row["label"] for row in csv.DictReader(file)] == data.label_names(str(folder))[1:]
+        assert [row["label"] for row in csv.DictReader(file)] == labels.read(str(folder)).names[1:]
     scan = case["image"] if isinstance(case["image"], str) else case["image"][0]
     bundle("--config_file", "configs/inference.json", *common[2:], "--dataset_dir", scan)
     scan, mask = nib.load(scan), nib.load(tmp_path / f"{case['case']}_seg.nii.gz")

@@ -257,16 +257,24 @@ def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, 
     assert scored == [(f"phantom_0{i}", label) for i in range(5) for label in ("low", "middle", "high")]
 
 
-def test_gaps_in_label_values_are_closed_inside_and_back_in_every_mask(phantom_dir, tmp_path):
-    """As in BraTS, whose labels are 0, 1, 2, 4."""
-    folder, values = tmp_path / "data", np.array([0, 2, 5, 300])
+def with_values(phantom_dir: Path, folder: Path, values: np.ndarray, ignored: slice, **changes) -> Path:
+    """A copy of the phantom whose labels have other `values`, the last of them in the planes `ignored`."""
     shutil.copytree(phantom_dir, folder)
     for path in (folder / "labelsTr").iterdir():
         image = nib.load(path)
-        nib.save(nib.Nifti1Image(values[np.asarray(image.dataobj).astype(int)].astype(np.int16), image.affine), path)
+        voxels = values[np.asarray(image.dataobj).astype(int)].astype(np.int16)
+        voxels[ignored] = values[-1]
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
     description = json.loads((folder / "dataset.json").read_text())
-    names = dict(zip(map(str, values), description["labels"].values(), strict=True))
-    (folder / "dataset.json").write_text(json.dumps({**description, "labels": names}))
+    (folder / "dataset.json").write_text(json.dumps({**description, **changes}))
+    return folder
+
+
+def test_gaps_in_label_values_are_closed_inside_and_back_in_every_mask(phantom_dir, tmp_path):
+    """As in BraTS, whose labels are 0, 1, 2, 4."""
+    names = {"0": "background", "2": "low", "5": "middle", "300": "high"}
+    values = np.array(list(map(int, names)))
+    folder = with_values(phantom_dir, tmp_path / "data", values, slice(0), labels=names)
     common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "out")
     bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, "--iterations", 4)
     assert json.loads((tmp_path / "models/model.json").read_text())["label_values"] == values.tolist()
@@ -284,3 +292,64 @@ def test_gaps_in_label_values_are_closed_inside_and_back_in_every_mask(phantom_d
     scan = folder / "imagesTs/phantom_05.nii.gz"
     bundle(*overlays("inference"), *common[2:], "--dataset_dir", scan)
     assert set(np.unique(nib.load(tmp_path / "out/phantom_05_seg.nii.gz").dataobj)) <= set(values)
+
+
+def test_regions_and_voxels_to_ignore_pass_through_training_scoring_and_inference(phantom_dir, tmp_path):
+    """As in BraTS: labels 0, 1, 2, 4, trained and scored as three overlapping regions; 9 was not annotated."""
+    regions = {"whole": [1, 2, 4], "core": [1, 4], "enhancing": [4]}
+    folder = with_values(
+        phantom_dir, tmp_path / "data", np.array([0, 1, 2, 4, 9]), slice(5),
+        labels={"background": 0, **regions, "ignore": 9}, regions_class_order=[2, 1, 4],
+    )  # fmt: skip
+    common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "out")
+    bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, "--iterations", 12)
+    settings = json.loads((tmp_path / "models/model.json").read_text())
+    assert (settings["out_channels"], settings["regions_class_order"], settings["scored"]) == (3, [2, 1, 4], regions)
+
+    bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
+    scored = rows(tmp_path / "out/cases.csv")
+    cases = validation_cases(str(folder), 0)
+    assert [(row["case"], row["label"]) for row in scored] == [(c["case"], r) for c in cases for r in regions]
+    for case in cases:
+        mask = np.asarray(nib.load(tmp_path / "out/predictions" / f"{case['case']}_seg.nii.gz").dataobj)
+        truth = np.asarray(nib.load(case["label"]).dataobj)
+        assert set(np.unique(mask)) <= {0, 1, 2, 4}
+        assert np.isin(mask, regions["whole"]).any()
+        for name, members in regions.items():
+            a, b = (np.isin(volume, members) & (truth != 9) for volume in (mask, truth))
+            row = next(r for r in scored if (r["case"], r["label"]) == (case["case"], name))
+            assert float(row["dice"]) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-6)
+
+    scan = next(c["image"] for c in cases)
+    bundle(*overlays("inference"), *common[2:], "--dataset_dir", scan)
+    name = f"{cases[0]['case']}_seg.nii.gz"
+    masks = [np.asarray(nib.load(f / name).dataobj) for f in (tmp_path / "out", tmp_path / "out/predictions")]
+    assert np.array_equal(*masks)
+
+
+def test_slices_train_a_2d_network_and_come_back_as_volumes(phantom_dir, tmp_path):
+    common = ("--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path)
+    flat = ("--patch_size", "[32,32,1]", "--batch_size", 3, "--iterations", 2, "--num_workers", 0, "--epochs", 1)
+    bundle("training", *overlays("train", "recipes/2d"), *common, *flat)
+    weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert weights["stem.weight"].ndim == 4
+    assert json.loads((tmp_path / "model.json").read_text())["dim"] == "2d"
+    bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
+    assert len(rows(tmp_path / "cases.csv")) == 3
+    scan = phantom_dir / "imagesTs" / "phantom_05.nii.gz"
+    bundle(*overlays("inference"), *common[2:], "--dataset_dir", scan)
+    mask, image = nib.load(tmp_path / "phantom_05_seg.nii.gz"), nib.load(scan)
+    assert mask.shape == image.shape
+    np.testing.assert_allclose(mask.affine, image.affine, atol=1e-5)
+
+
+def test_fine_tuning_keeps_a_frozen_encoder_and_learns_new_heads(trained, phantom_dir, tmp_path):
+    bundle(
+        "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path,
+        *TINY, "--epochs", 1, "--upkern_from", trained / "model.pt", "--skip_heads", "True", "--freeze", "encoder",
+        "--layer_decay", 0.5, "--warmup_epochs", 1,
+    )  # fmt: skip
+    before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
+    changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+    assert {"out_0", "dec_block_0", "bottleneck"} <= changed
+    assert not any(name.startswith(("stem", "enc_block", "down")) for name in changed)

@@ -1,0 +1,140 @@
+"""All folds in one command, `python -m scripts.crossval`, and one table of cases that no network had seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from monai.bundle import ConfigParser
+
+from .checkpoints import load
+from .data import folds as existing_folds
+from .errors import UserError, command
+from .scores import write_tables
+from .settings import BUNDLE_ROOT
+
+TRAIN = "configs/train.json"
+
+
+def cross_validate(
+    dataset_dir: str,
+    config_file: str | Sequence[str] = TRAIN,
+    ckpt_dir: str = "models",
+    output_dir: str = "eval",
+    folds: int | Sequence[int] | None = None,
+    **values,
+) -> None:
+    """Trains and scores folds one after the other, each in a process of its own; what is done already is left as it is.
+
+    Fold 0 has its weights in `ckpt_dir/fold_0` and its scores in `output_dir/fold_0`, and so on. When all folds are
+    there their scores are pooled in `output_dir` and the post-processing is decided, see `pool` and postprocess.py. The
+    last weights of a training are scored, not those chosen by these very cases.
+
+    Args:
+        dataset_dir: a Decathlon or nnU-Net v2 folder.
+        config_file: the training config and its overlays.
+        ckpt_dir: for the weights.
+        output_dir: for the scores.
+        folds: which to run here, for example `--folds 2` or `--folds "[0,1]"`; all by default. Several machines may
+            each run some; the last one pools.
+        values: any name of the control panel with its value.
+
+    Raises:
+        UserError: a fold that is not there, or one that failed; started again, the command goes on where it stopped.
+    """
+    files = [config_file] if isinstance(config_file, str) else list(config_file)
+    existing = range(len(existing_folds(dataset_dir)))
+    wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
+    if unknown := [fold for fold in wanted if fold not in existing]:
+        raise UserError(f"{dataset_dir} has no fold {unknown[0]}; expected 0 to {existing[-1]}.")
+    epochs = values.get("epochs", ConfigParser.load_config_files(files)["epochs"])
+    memory = {"check_cases#memory": f"{output_dir}/checked.json"}  # every fold checks the same files
+    for fold in wanted:
+        weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
+        common = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores, **memory, **values}
+        trained = _epochs_done(weights)
+        if trained < epochs:
+            print(f"fold {fold}: training", flush=True)
+            resume = {"resume": True} if trained else {}
+            _run("training", files, {"keep": "last", **common, "fold": fold, **resume})
+        if not _newer(f"{scores}/summary.json", f"{weights}/model.pt"):
+            print(f"fold {fold}: scoring", flush=True)
+            _run("evaluating", [*files, "configs/evaluate.json"], common)
+    missing = [fold for fold in existing if not Path(output_dir, f"fold_{fold}", "summary.json").is_file()]
+    if missing:
+        print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
+        return
+    common = {"dataset_dir": dataset_dir, "ckpt_dir": ckpt_dir, "output_dir": output_dir, **values}
+    _run("pooling", [*files, "configs/pool.json"], common)
+    for fold in existing:  # it belongs to each of the weights
+        shutil.copy2(f"{ckpt_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
+
+
+def _epochs_done(weights: str) -> int:
+    checkpoint = Path(weights, "training", "checkpoint.pt")
+    return load(checkpoint)["epoch"] if checkpoint.is_file() else 0
+
+
+def _newer(one: str, other: str) -> bool:
+    return Path(one).is_file() and Path(one).stat().st_mtime >= Path(other).stat().st_mtime
+
+
+def _run(name: str, files: Sequence[str], values: Mapping[str, object]) -> None:
+    """`python -m monai.bundle run NAME` with the bundle on its path."""
+    paths = [path if Path(path).is_file() else str(Path(BUNDLE_ROOT, path)) for path in files]
+    arguments = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    started = [sys.executable, "-m", "monai.bundle", "run", name, "--config_file", str(paths), *arguments]
+    path = os.pathsep.join([BUNDLE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if subprocess.run(started, env={**os.environ, "PYTHONPATH": path}).returncode:
+        raise UserError(
+            f"{name} failed, as said above; mend it and start the same command again: it goes on from here."
+        )
+
+
+def pool(output_dir: str, items: Sequence[Mapping], classes: Sequence[str], tolerance: float) -> None:
+    """One table of all folds' scores, and one folder of their masks.
+
+    Args:
+        output_dir: with `fold_0`, `fold_1`, .. as scoring left them; for `cases.csv`, `summary.csv`, `summary.json` and
+            `predictions/`.
+        items: the cases of the data set.
+        classes: names of the classes that were scored.
+        tolerance: of the surface Dice in mm.
+
+    Raises:
+        UserError: two folds scored one case, or a case was scored by none.
+    """
+    rows, scored_by = [], {}
+    for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
+        for row in json.loads((folder / "summary.json").read_text())["cases"]:
+            first = scored_by.setdefault(row["case"], folder)
+            if first != folder:
+                raise UserError(
+                    f"{first} and {folder} both scored case {row['case']}; let the validation cases of"
+                    " splits_final.json not overlap, and train again."
+                )
+            rows.append({key: _number(value) for key, value in row.items()})
+    if unscored := sorted({case["case"] for case in items} - set(scored_by)):
+        raise UserError(f"no fold scored case {unscored[0]} ({len(unscored)} in all); add them to splits_final.json.")
+    write_tables(output_dir, rows, classes, tolerance)
+    masks = Path(output_dir, "predictions")
+    masks.mkdir(exist_ok=True)
+    for case, folder in scored_by.items():
+        mask = masks / f"{case}_seg.nii.gz"
+        mask.unlink(missing_ok=True)
+        shutil.copy2(folder / "predictions" / mask.name, mask)
+
+
+def _number(value: object) -> object:
+    """What JSON could not hold."""
+    return math.nan if value is None else math.inf if value == "inf" else value
+
+
+if __name__ == "__main__":
+    command(cross_validate)
