@@ -152,6 +152,8 @@ def labels_on_grid(
     """
     scores = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
     to_scores = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()  # target voxel -> scores voxel
+    # of a grid that is only turned or flipped there is nothing to interpolate
+    voxels_meet = classes is not None and bool((to_scores - to_scores.round()).abs().max() < 1e-4)
     size = torch.tensor(scores.shape[1:], dtype=torch.float64)
     largest = (classes or len(scores)) - 1 if painted is None else max(painted)
     labels = torch.empty(list(shape), dtype=torch.uint8 if largest <= 255 else torch.int16)
@@ -168,16 +170,23 @@ def labels_on_grid(
         low = at.amin(dim=(0, 1, 2)).floor().clamp(min=0).minimum(size - 1).long()
         high = at.amax(dim=(0, 1, 2)).ceil().clamp(min=0).minimum(size - 1).long() + 1
         part = scores[(slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))]
-        if classes is not None:
+        if classes is not None and not voxels_meet:
             part = F.one_hot(part[0].long(), classes).movedim(-1, 0)
         extent = torch.tensor(part.shape[1:], dtype=torch.float64)
         grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
         values = F.grid_sample(
-            part[None].float(), grid.flip(-1)[None].float().to(part.device), padding_mode="border", align_corners=False
+            part[None].float(),
+            grid.flip(-1)[None].float().to(part.device),
+            mode="nearest" if voxels_meet else "bilinear",
+            padding_mode="border",
+            align_corners=False,
         )[0]
         # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
         inside = ((at > -1.0) & (at < size)).all(dim=-1)
-        decided = values.argmax(dim=0) if painted is None else _painted(values, painted)
+        if voxels_meet:
+            decided = values[0]
+        else:
+            decided = values.argmax(dim=0) if painted is None else _painted(values, painted)
         labels[start:stop] = decided.to(labels.dtype).cpu() * inside
     return labels
 

@@ -147,6 +147,14 @@ def test_a_label_on_its_own_grid_stays_as_it_is():
     assert torch.equal(found.float(), label)
 
 
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_label_on_a_turned_and_flipped_grid_keeps_every_voxel(kind):
+    label, _ = label_on(*grid(kind))
+    image = Orientation("RAS", labels=None)(label.clone())
+    found = LabelOnImageGridd("label", classes=3)({"label": label, "image": image})["label"]
+    assert torch.equal(found.float(), image)
+
+
 def test_values_of_the_files_are_put_back():
     labels = MetaTensor(
         torch.tensor([[[[0, 1, 2]]]], dtype=torch.uint8), affine=torch.diag(torch.tensor([2.0, 2, 2, 1]))
