@@ -9,7 +9,7 @@ import monai
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import CACHE, ROOT, SHARED
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import ID_SEP_KEY
 
@@ -51,6 +51,7 @@ def workflow(names: list[str], kind: str | None, **overrides) -> ConfigWorkflow:
         workflow_type=kind,
         logging_file=False,
         meta_file=str(ROOT / "configs/metadata.json"),
+        **({"cache_dir": CACHE.name} if "train" in names else {}),
         **overrides,
     )
     made.initialize()

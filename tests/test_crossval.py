@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, ROOT, TINY, save
+from conftest import CACHE, ROOT, TINY, bundle, overlays, save
 
 from scripts.crossval import pool
 from scripts.errors import UserError
@@ -83,14 +83,17 @@ class TestCommand:
         folds = [{"train": names[2:], "val": names[:2]}, {"train": names[:2], "val": names[2:]}]
         (folder / "splits_final.json").write_text(json.dumps(folds))
         common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "eval")
-        common += (*TINY, "--epochs", 1)
+        common += (*TINY, "--epochs", 2)
 
-        first = self.run(*common, "--folds", 1)
-        assert "folds 0 are still to be run" in first.stdout
+        first = self.run(*common, "--folds", 0)
+        assert "folds 1 are still to be run" in first.stdout
+        weights = tmp_path / "models/fold_1"  # killed after its first epoch
+        half = ("training", *overlays("train"), *common, "--fold", 1, "--ckpt_dir", weights, "--output_dir", tmp_path)
+        bundle(*half, "--keep", "last", "--train#trainer#max_epochs", 1)
         rest = self.run(*common)
-        assert "fold 0: training" in rest.stdout
-        assert "fold 1: training" not in rest.stdout
-        assert "fold 1: scoring" not in rest.stdout
+        assert "fold 0: training" not in rest.stdout
+        assert "fold 0: scoring" not in rest.stdout
+        assert "resuming after epoch 1 of 2" in rest.stdout
         assert [row["case"] for row in rows(tmp_path / "eval/cases.csv")] == [n for n in names for _ in range(3)]
         assert (tmp_path / "eval/report.html").is_file()
         decision = json.loads((tmp_path / "models/postprocessing.json").read_text())
