@@ -31,6 +31,8 @@ def check_settings(
     channels: Sequence[str],
     labels: Sequence[str],
     label_values: Sequence[int],
+    regions: Mapping[str, Sequence[int]] | None = None,
+    trained: Mapping[str, object] | None = None,
     planned_for: Mapping[str, object] | None = None,
     recipe: Mapping[str, object] | None = None,
 ) -> None:
@@ -46,12 +48,14 @@ def check_settings(
         channels: names of the data set's channels.
         labels: names of the network's channels, see labels.py.
         label_values: values in its label files.
+        regions: the values of each region, or None.
+        trained: what the weights that are scored were trained with, see settings.py.
         planned_for: what a plan overlay says it was made for, see plan.py.
         recipe: "name", "channels", "labels", "label_values" and "needs_plan" of a published data set's overlay.
 
     Raises:
-        UserError: a value that no network or grid can have, a plan or a recipe of another data set, or a recipe
-            without the plan that it needs.
+        UserError: a value that no network or grid can have; weights, a plan or a recipe of other labels or channels; a
+            recipe without the plan that it needs.
     """
     planning = "python -m monai.bundle run planning --config_file configs/plan.json --dataset_dir FOLDER"
     described = {"channels": list(channels), "labels": list(labels), "label_values": list(label_values)}
@@ -65,6 +69,12 @@ def check_settings(
             raise UserError(
                 f"the recipe {recipe['name']} is for the {name} {list(recipe[name])}, the data set has {found};"
                 " write dataset.json as docs/how-to/datasets.md says, or leave the recipe out."
+            )
+    for name, found in {**described, "regions": regions}.items() if trained and trained["labels"] else ():
+        if trained.get(name, found) != found:
+            raise UserError(
+                f"the weights were trained for the {name} {trained[name]}, the data set has {found}; score them on data"
+                " with their labels, or correct dataset.json."
             )
     if recipe and recipe["needs_plan"] and planned_for is None:
         raise UserError(

@@ -21,6 +21,7 @@ KEPT = (
     "intensity",
     "spacing",
     "patch_size",
+    "mirror_axes",
 )  # settings beside the target that are not about its earlier weights
 
 

@@ -90,11 +90,12 @@ def join(network: nn.Module, weights: str, ensemble: str | Sequence[str], activa
         UserError: members of other labels, grids or folds, or files that are no weights of this bundle.
     """
     others = [file for file in expand(ensemble) if Path(file).resolve() != Path(weights).resolve()]
+    for file in (weights, *others):
+        check_fold(file, fold)
     if not others:
         return network
     for file in others:
         check_alike(file, weights)
-        check_fold(file, fold)
     return Ensemble([network, *(member(file, network) for file in others)], activation)
 
 

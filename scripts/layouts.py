@@ -53,6 +53,8 @@ def convert_layout(source: str, target: str) -> None:
             place(case, partial / folder, len(names))
     for case in training:
         _place(case["label"], partial / "labelsTr" / f"{case['case']}.nii.gz")
+    if (split := Path(source) / "splits_final.json").is_file():
+        shutil.copy2(split, partial / split.name)
     texts = {key: given[key] for key in COPIED if key in given}
     made = texts | describe([c["case"] for c in training], [c["case"] for c in test], names, labels)
     (partial / "dataset.json").write_text(json.dumps(made, indent=4) + "\n")

@@ -151,7 +151,7 @@ def plan(
         kernel_size: depthwise kernel, for the batch alone.
         memory_gb: what a training step may take; None leaves batch 2 as published.
     """
-    names, labels, found = channel_names(dataset_dir), read_labels(dataset_dir).names, fingerprint(records)
+    names, labels, found = channel_names(dataset_dir), read_labels(dataset_dir), fingerprint(records)
     grid = target_spacing(records) if spacing == "median" else [float(s) for s in spacing]
     shape = np.median([np.multiply(r["cropped"], r["spacing"]) / grid for r in records], axis=0)
     patch = patch_size(shape, grid)
@@ -159,17 +159,20 @@ def plan(
     thick = int(np.argmax(grid)) if max(grid) > ANISOTROPY * min(grid) else None
     size_in_patches = float(np.prod(shape) / np.prod(patch))
     patches, style = (
-        (2, "published") if memory_gb is None else batch(patch, len(names), len(labels), size, kernel_size, memory_gb)
+        (2, "published")
+        if memory_gb is None
+        else batch(patch, len(names), len(labels.names), size, kernel_size, memory_gb)
     )
     relative = found["median_relative_size_after_cropping"]
     overlay = {
         "planned_for": {
             "cases": len(records),
             "channels": names,
-            "labels": labels,
+            "labels": labels.names,
+            "label_values": labels.values,
             "because": {
                 "spacing": "nnU-Net's median rule" if spacing == "median" else "1 mm as published, or as asked for",
-                "crop_to_nonzero": f"the median case keeps {100 * relative:.0f} % of its volume",
+                "crop_to_nonzero": f"if any case has empty borders; the median keeps {100 * relative:.0f} %",
                 "intensity": f"channel names {', '.join(names)}; within non-zero voxels if cropping keeps under 75 %",
                 "patch_size": f"{PATCH} voxels; the median case has {[round(float(n)) for n in shape]} on this grid",
                 "batch_size": "as published" if memory_gb is None else f"what fits {memory_gb} GB in float32",

@@ -122,7 +122,7 @@ def deciding(
         classes: of each, the label indices that belong to it.
         labels: names of the network's labels, which the decision is then good for.
         label_values: values of the labels in the files.
-        output: JSON file to write, beside the weights.
+        output: JSON file to write.
         ignore: value in the label files of voxels to ignore, or None.
 
     Raises:
@@ -154,23 +154,32 @@ def _json(value):
     return None if value != value else value
 
 
-def beside(weights: str | Path) -> str:
-    """`models/model.pt` -> `models/postprocessing.json`."""
-    return str(Path(weights).with_name("postprocessing.json"))
+def beside(weights: str | Path) -> str | None:
+    """`models/model.pt` -> `models/postprocessing.json` if it is there, else None."""
+    path = Path(weights).with_name("postprocessing.json")
+    return str(path) if path.is_file() else None
+
+
+def gains(path: str) -> dict:
+    """What a decision keeps the largest component of, and the mean Dice without and with it of every class."""
+    content = json.loads(Path(path).read_text())
+    return {"largest component of": list(content["steps"]), **content["gain"]}
 
 
 def read(path: str | None, labels: Sequence[str] | None) -> list[list[int]]:
-    """The steps of a decision, for `KeepLargestd`; none where there is no such file.
+    """The steps of a decision, for `KeepLargestd`.
 
     Args:
-        path: `postprocessing.json` beside the weights, or None to apply none.
+        path: a `postprocessing.json`; None or, from the command line, "none" for no steps.
         labels: names of the network's labels, or None where nobody wrote them down.
 
     Raises:
-        UserError: it is damaged, or was decided for other labels.
+        UserError: it is missing or damaged, or was decided for other labels.
     """
-    if path is None or not Path(path).is_file():
+    if path in (None, "none"):
         return []
+    if not Path(path).is_file():
+        raise UserError(f"{path} not found; give another --postprocessing_file, or none for no post-processing.")
     try:
         content = json.loads(Path(path).read_text())
         decided, steps = content["labels"], list(content["steps"].values())

@@ -151,10 +151,11 @@ class ValidationReport:
     Args:
         history: where the numbers go.
         names: of the classes that are scored.
+        ignore: label of voxels that nobody annotated, or None; the picture does not show them.
     """
 
-    def __init__(self, history: History, names: Sequence[str]) -> None:
-        self.history, self.names = history, list(names)
+    def __init__(self, history: History, names: Sequence[str], ignore: int | None = None) -> None:
+        self.history, self.names, self.ignore = history, list(names), ignore
         self.first: dict | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -168,7 +169,8 @@ class ValidationReport:
     def _keep_first(self, engine: Engine) -> None:
         if self.first is None:
             output = engine.state.output[0]
-            self.first = {k: output[k] for k in ("label", "pred")} | {"file": output["image"].meta["filename_or_obj"]}
+            self.first = {k: np.asarray(output[k][0].cpu()) for k in ("label", "pred")}
+            self.first["file"] = output["image"].meta["filename_or_obj"]
 
     @idist.one_rank_only()
     def _report(self, engine: Engine) -> None:
@@ -188,8 +190,8 @@ class ValidationReport:
             scan = nib.load(self.first["file"])  # as stored; of several channels the first
             stored = np.asanyarray(scan.dataobj, dtype=np.float32)
             stored = stored[..., 0] if stored.ndim == 4 else stored
-            label, prediction = (np.asarray(self.first[k][0]) for k in ("label", "pred"))
-            picture = overlay(stored, label, prediction, scan.header.get_zooms())
+            label = np.where(self.first["label"] == self.ignore, 0, self.first["label"])
+            picture = overlay(stored, label, self.first["pred"], scan.header.get_zooms())
             self.history.add_picture(epoch, "validation/scan_label_prediction", picture)
 
 
@@ -211,7 +213,6 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
         grid = {"left": 0.08, "right": 0.78, "top": 0.92, "bottom": 0.05, "height_ratios": (3, 4, 1.5, 1.5)}
         loss, dice, seconds, rate = figure.subplots(4, sharex=True, gridspec_kw={**grid, "hspace": 0.3})
         _line(loss, rows, "train/loss", "training", "C0")
-        _line(loss, rows, "validation/loss", "validation", "C1")
         _line(seconds, rows, "train/seconds", "", "C0")
         _line(rate, rows, "train/learning_rate", "", "C0")
         for number, name in enumerate(names):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 
+from .checks import warn_of_small_scans
 from .data import channel_names, dataset_json, image_files, listed_cases, missing_files, scan_files
 from .errors import UserError
 from .labels import index_names
 from .labels import read as read_labels
 from .survey import survey
+
+logger = logging.getLogger("mednext")
 
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
@@ -190,6 +195,47 @@ def checking(dataset_dir: str, output_dir: str, memory: str) -> None:
     print(f"{errors} errors, {len(findings) - errors} warnings; also in {path}")
     if errors:
         raise UserError(f"{errors} errors in {dataset_dir} keep it from being trained on; mend them as said above.")
+
+
+def check_cases(
+    items: Sequence[dict],
+    channels: int,
+    values: Sequence[int],
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    memory: str,
+    ignore: int | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Stops a training that cannot end well, and warns of what is odd; cases that are known are not read again.
+
+    On the first process alone.
+
+    Args:
+        items: cases with "image" and "label".
+        channels: image channels that dataset.json names.
+        values: of the labels that dataset.json names, background first.
+        patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
+        spacing: training grid in mm.
+        memory: JSON file that remembers what was read.
+        ignore: value of voxels that nobody annotated, or None.
+        names: of the labels by index, to review the cases as a whole; None leaves that out.
+
+    Raises:
+        UserError: one sentence for each bad case.
+    """
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        records = survey(items, channels, values, memory, ignore)
+        faults = [record["error"] for record in records if "error" in record]
+        if len(faults) == 1:
+            raise UserError(faults[0])
+        if faults:
+            raise UserError(f"{len(faults)} of {len(items)} cases cannot be used:\n  " + "\n  ".join(faults))
+        for finding in [f for check in REVIEWS for f in check(records, names)] if names else ():
+            logger.warning("%s", finding.message)
+        warn_of_small_scans(records, patch_size, spacing)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _mm(spacing: Sequence[float]) -> str:

@@ -81,8 +81,16 @@ class TrainingRun:
     def _restore(self, engine: Engine) -> None:
         state, self.state = self.state, None
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        rates = self.lr_scheduler.base_lrs  # of this command, which may be others
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        except (ValueError, KeyError) as e:  # other groups of weights; a schedule of version 0.2
+            raise UserError(
+                f"{self.checkpoint} does not fit ({e}): resume with the --freeze and --layer_decay it was started with,"
+                " and with the same version of this bundle, or start without --resume."
+            ) from e
+        self.lr_scheduler.base_lrs = rates
         take_up(self.lr_scheduler)
         if engine.scaler is not None and state["scaler"]:
             engine.scaler.load_state_dict(state["scaler"])

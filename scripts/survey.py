@@ -12,10 +12,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
-from .checks import check_image, check_label, check_same_grid, warn_of_small_scans
+from .checks import check_image, check_label, check_same_grid
 from .data import cases, channel_names, image_files, workers
 from .errors import UserError
 from .files import write_whole
@@ -122,7 +121,7 @@ def survey(
     """
     path = Path(memory)
     known = _remembered(path)
-    signatures = {case["label"]: _signature(case, channels, stored(values, ignore)) for case in items}
+    signatures = {case["label"]: _signature(case, channels, values, ignore) for case in items}
     pending = [case for case in items if known.get(case["label"], {}).get("signature") != signatures[case["label"]]]
 
     def attempt(case: dict) -> tuple[dict, dict]:
@@ -160,9 +159,9 @@ def survey_folder(dataset_dir: str, memory: str) -> list[dict]:
     return survey(cases(dataset_dir), len(channel_names(dataset_dir)), labels.values, memory, labels.ignore)
 
 
-def _signature(case: dict, channels: int, values: Sequence[int]) -> list:
+def _signature(case: dict, channels: int, values: Sequence[int], ignore: int | None) -> list:
     states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
-    return [channels, list(values), *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
+    return [channels, list(values), ignore, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
 
 
 def _remembered(path: Path) -> dict:
@@ -170,38 +169,3 @@ def _remembered(path: Path) -> dict:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # damaged: read everything again
         return {}
-
-
-def check_cases(
-    items: Sequence[dict],
-    channels: int,
-    values: Sequence[int],
-    patch_size: Sequence[int],
-    spacing: Sequence[float],
-    memory: str,
-    ignore: int | None = None,
-) -> None:
-    """Stops a training that cannot end well: reads every case (on the first process) unless it is known already.
-
-    Args:
-        items: cases with "image" and "label".
-        channels: image channels that dataset.json names.
-        values: of the labels that dataset.json names, background first.
-        patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
-        spacing: training grid in mm.
-        memory: JSON file that remembers what was read.
-        ignore: value of voxels that nobody annotated, or None.
-
-    Raises:
-        UserError: one sentence for each bad case.
-    """
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        records = survey(items, channels, values, memory, ignore)
-        faults = [record["error"] for record in records if "error" in record]
-        if len(faults) == 1:
-            raise UserError(faults[0])
-        if faults:
-            raise UserError(f"{len(faults)} of {len(items)} cases cannot be used:\n  " + "\n  ".join(faults))
-        warn_of_small_scans(records, patch_size, spacing)
-    if dist.is_initialized():
-        dist.barrier()

@@ -183,10 +183,10 @@ def labels_on_grid(
         )[0]
         # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
         inside = ((at > -1.0) & (at < size)).all(dim=-1)
-        if voxels_meet:
-            decided = values[0]
+        if painted is not None:
+            decided = _painted(values, painted)
         else:
-            decided = values.argmax(dim=0) if painted is None else _painted(values, painted)
+            decided = values[0] if voxels_meet else values.argmax(dim=0)
         labels[start:stop] = decided.to(labels.dtype).cpu() * inside
     return labels
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checkpoints
+from . import checkpoints, settings
 from .architecture import shapes
 from .errors import UserError
 
@@ -73,7 +73,13 @@ def transfer(
     return Report(copied, resized, skipped)
 
 
-def start_from(network: nn.Module, path: str | Path | None, skip_heads: bool = False, resume: bool = False) -> None:
+def start_from(
+    network: nn.Module,
+    path: str | Path | None,
+    skip_heads: bool = False,
+    resume: bool = False,
+    fold: int | str | None = None,
+) -> None:
     """What the control panel's `upkern_from` does: starts `network` from a file's weights, whoever wrote it.
 
     Args:
@@ -81,6 +87,7 @@ def start_from(network: nn.Module, path: str | Path | None, skip_heads: bool = F
         path: the file; None does nothing.
         skip_heads: keep the network's own heads, for other classes.
         resume: do nothing, since a checkpoint will have it all.
+        fold: that is held out now; a file whose settings name another one is warned of.
 
     Raises:
         UserError: the file cannot be read or does not fit, or `skip_heads` without a file.
@@ -91,6 +98,12 @@ def start_from(network: nn.Module, path: str | Path | None, skip_heads: bool = F
         return
     report = transfer(network, checkpoints.read(path).state, path, (checkpoints.HEADS,) if skip_heads else ())
     logger.info("starting from %s: %s", path, report)
+    theirs = settings.read(path).get("fold", fold)
+    if theirs != fold:
+        logger.warning(
+            "%s was trained on fold %s, this is fold %s: if they are folds of one data set, it has seen the cases that"
+            " are held out here; start from the weights of the same fold.", path, theirs, fold,
+        )  # fmt: skip
 
 
 def upkern_load_weights(network: nn.Module, pretrained_net: nn.Module, skip: str | Iterable[str] = ()) -> nn.Module:

@@ -173,3 +173,17 @@ def test_inference_without_weights_says_what_to_do(tmp_path):
     )
     assert "Traceback" not in done.stderr
     assert "model.pt not found; train first" in done.stderr
+
+
+def test_weights_are_not_scored_on_data_of_other_labels(trained, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    describe(tmp_path / "data", labels={"0": "background", "1": "middle", "2": "low", "3": "high"})
+    done = bundle(
+        "evaluating", *overlays("train", "evaluate"), "--dataset_dir", tmp_path / "data", "--ckpt_dir", trained,
+        "--output_dir", tmp_path, fails=True,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert (
+        "the weights were trained for the labels ['background', 'low', 'middle', 'high'], the data set has"
+        in done.stderr
+    )

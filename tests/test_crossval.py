@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import CACHE, ROOT, TINY, bundle, overlays, save
 
-from scripts.crossval import pool
+from scripts.crossval import cross_validate, pool
 from scripts.errors import UserError
 
 
@@ -31,10 +31,6 @@ def scored(folder: Path, fold: int, cases: dict[str, float | None]) -> None:
         save(folder / f"fold_{fold}" / "predictions" / f"{case}_seg.nii.gz", np.full((2, 2, 2), fold, np.uint8))
 
 
-def items(*names: str) -> list[dict]:
-    return [{"case": name} for name in names]
-
-
 def rows(path: Path) -> list[dict]:
     with open(path) as file:
         return list(csv.DictReader(file))
@@ -44,7 +40,7 @@ def test_pooled_scores_are_those_of_all_folds_as_one_table(tmp_path):
     scored(tmp_path, 1, {"a": 0.9, "d": 0.0})
     scored(tmp_path, 0, {"c": 0.6, "b": None})
     for _ in range(2):  # pooling again replaces
-        pool(str(tmp_path), items("a", "b", "c", "d"), ["organ"], 1.0)
+        pool(str(tmp_path), ["organ"], 1.0)
         assert [(r["case"], r["dice"], r["hd95_mm"]) for r in rows(tmp_path / "cases.csv")] == [
             ("a", "0.9", "1.0"), ("b", "nan", "1.0"), ("c", "0.6", "1.0"), ("d", "0.0", "inf")
         ]  # fmt: skip
@@ -57,14 +53,27 @@ def test_a_case_in_two_folds_is_refused(tmp_path):
     scored(tmp_path, 0, {"a": 0.9, "b": 0.8})
     scored(tmp_path, 1, {"b": 0.7})
     with pytest.raises(UserError, match="fold_0 and .*fold_1 both scored case b"):
-        pool(str(tmp_path), items("a", "b"), ["organ"], 1.0)
+        pool(str(tmp_path), ["organ"], 1.0)
     assert not (tmp_path / "cases.csv").exists()
 
 
-def test_a_case_of_no_fold_is_named(tmp_path):
-    scored(tmp_path, 0, {"a": 0.9})
-    with pytest.raises(UserError, match=r"no fold scored case b \(2 in all\)"):
-        pool(str(tmp_path), items("a", "b", "c"), ["organ"], 1.0)
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [(["ab", "bcde"], "holds out case phantom_01 in 2 folds"), (["ab", "cd"], "never holds out case phantom_04 .1 in")],
+)
+def test_folds_that_share_or_leave_out_cases_are_refused_before_anything_is_trained(
+    held_out, message, phantom_dir, tmp_path
+):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    names = {letter: f"phantom_0{number}" for number, letter in enumerate("abcde")}
+    folds = [
+        {"val": [names[c] for c in group], "train": [n for c, n in names.items() if c not in group]}
+        for group in held_out
+    ]
+    (tmp_path / "data/splits_final.json").write_text(json.dumps(folds))
+    with pytest.raises(UserError, match=message):
+        cross_validate(str(tmp_path / "data"), ckpt_dir=str(tmp_path / "models"), output_dir=str(tmp_path / "eval"))
+    assert not (tmp_path / "models").exists()
 
 
 class TestCommand:
@@ -96,7 +105,9 @@ class TestCommand:
         assert "resuming after epoch 1 of 2" in rest.stdout
         assert [row["case"] for row in rows(tmp_path / "eval/cases.csv")] == [n for n in names for _ in range(3)]
         assert (tmp_path / "eval/report.html").is_file()
-        decision = json.loads((tmp_path / "models/postprocessing.json").read_text())
+        decision = json.loads((tmp_path / "eval/postprocessing.json").read_text())
+        assert (tmp_path / "models/fold_0/postprocessing.json").is_file()
+        assert "largest component of" in (tmp_path / "eval/report.html").read_text()
         assert decision["cases"] == 5
         assert decision["labels"] == ["background", "low", "middle", "high"]
 
@@ -107,6 +118,14 @@ class TestCommand:
         done = subprocess.run(list(map(str, inference)), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(list((tmp_path / "masks").iterdir())) == 2
+
+        other = self.run(*common, "--kernel_size", 5, fails=True)
+        assert (
+            "fold_0 was trained with kernel_size 3, this cross-validation has 5; give another --ckpt_dir"
+            in other.stderr
+        )
+        slip = self.run(*common, "--fold", 1, fails=True)
+        assert "error: --fold is set by cross-validation itself" in slip.stderr
 
     def test_a_fold_that_is_not_there_is_named(self, phantom_dir):
         done = self.run("--dataset_dir", phantom_dir, "--folds", 7, fails=True)

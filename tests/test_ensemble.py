@@ -129,6 +129,8 @@ class TestWhatCannotBeAveraged:
         other = save(tmp_path / "other.pt", seed=9, fold=1)
         with pytest.raises(UserError, match=r"other.pt was trained on fold 1, .* cases of fold 0, which is scored"):
             join(network(files[0]), files[0], [files[1], other], "softmax", fold=0)
+        with pytest.raises(UserError, match=r"fold_0/model.pt was trained on fold 0, .* cases of fold 1"):
+            join(network(files[0]), files[0], [], "softmax", fold=1)
         assert len(join(network(files[0]), files[0], [files[1], other], "softmax", fold="all").members) == 3
         assert len(join(network(files[0]), files[0], [files[1]], "softmax", fold=0).members) == 2
 

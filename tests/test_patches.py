@@ -41,11 +41,11 @@ def test_crop_of_the_paper():
 class TestRandPatch:
     """nnU-Net's sampling rule."""
 
-    def draw(self, count, forced=False, indices=None, ignore=None, shape=(20, 30, 40)):
+    def draw(self, count, forced=False, indices=None, ignore=None, label=None, shape=(20, 30, 40)):
         cut = RandPatchd(["image"], (16, 16, 16), (8, 8, 8), ignore=ignore)
         cut.set_random_state(seed=1)
         data = {"image": torch.arange(np.prod(shape)).reshape(1, *shape), "label_cls_indices": indices or [[], []]}
-        data["foreground"] = forced
+        data["foreground"], data["label"] = forced, label
         return np.array([cut.randomize(data) for _ in range(count)]), cut(data)["image"], data
 
     def test_random_patches_reach_half_the_overhang_on_both_sides(self):
@@ -69,14 +69,24 @@ class TestRandPatch:
         starts, _, _ = self.draw(200, forced=True, indices=[[5], [], []])
         assert len(np.unique(starts[:, 2])) > 10
 
-    def test_where_voxels_are_to_be_ignored_every_patch_shows_an_annotated_one(self):
-        background, label, ignored = ([np.ravel_multi_index((x, 15, 20), (20, 30, 40))] for x in (10, 11, 19))
-        starts, _, _ = self.draw(200, indices=[background * 3, label, ignored], ignore=2)
+    def test_where_voxels_are_to_be_ignored_every_patch_shows_an_annotated_one_drawn_evenly(self):
+        cut = RandPatchd(["image"], (16, 16, 16), (8, 8, 8), ignore=2)
+        cut.set_random_state(seed=1)
+        label = torch.full((1, 20, 30, 40), 2)
+        label[:, 10, 10:20, 15:25] = 0  # 100 voxels of background
+        label[:, 11, 10:20, 20] = 1  # 10 voxels of a label
+        one = [int(np.ravel_multi_index((11, 12, 20), (20, 30, 40)))]  # what a cap on the indices would leave of each
+        data = {"image": label.float(), "label": label, "label_cls_indices": [one, one, one], "foreground": False}
+        starts = np.array([cut.randomize(data) for _ in range(1000)])
         assert set(starts[:, 0]) == {2, 3}
-        share = (starts[:, 0] == 2).mean()
-        assert abs(share - 0.75) < 4 * np.sqrt(0.1875 / 200)  # three of four annotated voxels
-        forced, _, _ = self.draw(50, forced=True, indices=[background, label, ignored], ignore=2)
+        share = (starts[:, 0] == 3).mean()
+        assert abs(share - 1 / 11) < 4 * np.sqrt(10 / 121 / 1000)
+        forced = np.array([cut.randomize({**data, "foreground": True}) for _ in range(50)])
         assert set(forced[:, 0]) == {3}
+
+    def test_a_scan_that_nobody_annotated_is_drawn_from_anywhere(self):
+        starts, _, _ = self.draw(20, indices=[[], [], [5]], ignore=2, label=torch.full((1, 20, 30, 40), 2))
+        assert len(np.unique(starts[:, 2])) > 5
 
     def test_what_hangs_over_is_zero_and_the_rest_is_the_scan(self):
         voxel = np.ravel_multi_index((0, 0, 39), (20, 30, 40))

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from scripts.errors import UserError
-from scripts.postprocess import ALL, KeepLargestd, decide, deciding, read
+from scripts.postprocess import ALL, KeepLargestd, beside, decide, deciding, read
 
 TWO = {"organ": [1], "tumour": [2]}
 NESTED = {"whole": [1, 2], "core": [2]}
@@ -201,9 +201,13 @@ def test_a_missing_prediction_is_named(tmp_path):
 
 
 def test_without_a_decision_there_are_no_steps(tmp_path):
-    assert read(str(tmp_path / "postprocessing.json"), LABELS) == []
-    assert read(str(tmp_path / "postprocessing.json"), None) == []
-    assert read(None, LABELS) == []
+    assert beside(tmp_path / "model.pt") is None
+    assert read(beside(tmp_path / "model.pt"), None) == []
+    assert read("none", LABELS) == []
+    with pytest.raises(UserError, match="postprocessing.json not found; give another --postprocessing_file"):
+        read(str(tmp_path / "postprocessing.json"), LABELS)
+    (tmp_path / "postprocessing.json").touch()
+    assert beside(tmp_path / "model.pt") == str(tmp_path / "postprocessing.json")
 
 
 @pytest.mark.parametrize("labels", [["background", "liver"], [*LABELS, "cyst"], LABELS[::-1], None], ids=str)

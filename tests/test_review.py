@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import bundle
 
-from scripts import review
+from scripts import data, review
 
 
 def record(number: int, **changes) -> dict:
@@ -112,3 +113,32 @@ def test_a_clean_data_set_passes(phantom_dir, tmp_path):
     )
     assert "0 errors, 0 warnings" in done.stdout
     assert json.loads((tmp_path / "check.json").read_text()) == []
+
+
+def test_a_data_set_of_one_case_is_an_error(phantom_dir):
+    case = data.cases(str(phantom_dir))[0]
+    found = list(review.unlisted(str(phantom_dir), [case]))
+    assert [f.severity for f in found if "1 labelled cases; expected at least 2" in f.message] == ["error"]
+
+
+def test_training_warns_of_what_checking_finds(phantom_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).mkdir()
+        for number, source in enumerate((0, 1, 1)):
+            shutil.copy(phantom_dir / kind / f"phantom_0{source}.nii.gz", tmp_path / kind / f"{number}.nii.gz")
+    items = [
+        {
+            "case": str(n),
+            "image": str(tmp_path / f"imagesTr/{n}.nii.gz"),
+            "label": str(tmp_path / f"labelsTr/{n}.nii.gz"),
+        }
+        for n in range(3)
+    ]
+    common = (items, 1, [0, 1, 2, 3], [32] * 3, [1.0] * 3, str(tmp_path / "checked.json"))
+    with caplog.at_level(logging.WARNING, "mednext"):
+        review.check_cases(*common, names=["background", "low", "middle", "high"])
+        assert any("has the voxels of" in message for message in caplog.messages)
+        caplog.clear()
+        review.check_cases(*common)
+        assert not any("has the voxels of" in message for message in caplog.messages)

@@ -102,6 +102,22 @@ class TestTrainingRun:
         again.lr_scheduler.step()
         assert again.optimizer.param_groups[0]["lr"] == pytest.approx((1 - 6 / 20) ** 0.9)
 
+    def test_resuming_takes_the_learning_rate_of_the_command(self, tmp_path):
+        run, trainer = self.run_of(tmp_path)
+        run.save(trainer)
+        again, restarted = self.run_of(tmp_path, resume=True)
+        again.lr_scheduler.base_lrs = [0.25]
+        again.start(restarted)
+        assert again.optimizer.param_groups[0]["lr"] == 0.25
+
+    def test_resuming_with_other_groups_of_weights_is_refused(self, tmp_path):
+        run, trainer = self.run_of(tmp_path)
+        run.save(trainer)
+        again, restarted = self.run_of(tmp_path, resume=True)
+        again.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+        with pytest.raises(UserError, match="checkpoint.pt does not fit .*resume with the --freeze and --layer_decay"):
+            again.start(restarted)
+
     def test_a_new_run_keeps_what_an_earlier_one_left(self, tmp_path):
         run, trainer = self.run_of(tmp_path)
         self.validate(run, 1, 0.7)

@@ -251,7 +251,7 @@ def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, 
 
     bundle(
         "evaluating", *overlays("train", "evaluate", "multi_gpu_evaluate"), "--dataset_dir", phantom_dir,
-        "--ckpt_dir", tmp_path, "--output_dir", tmp_path, "--fold", "all", "--num_workers", 0, launcher=launcher,
+        "--ckpt_dir", tmp_path, "--output_dir", tmp_path, "--fold", "all", "--num_workers", 1, launcher=launcher,
     )  # fmt: skip
     scored = [(r["case"], r["label"]) for r in rows(tmp_path / "cases.csv")]
     assert scored == [(f"phantom_0{i}", label) for i in range(5) for label in ("low", "middle", "high")]
