@@ -212,7 +212,7 @@ def check_cases(
     On the first process alone.
 
     Args:
-        items: cases with "image" and "label".
+        items: cases with "image" and "label"; with fold "all" each comes twice, and counts once.
         channels: image channels that dataset.json names.
         values: of the labels that dataset.json names, background first.
         patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
@@ -225,6 +225,7 @@ def check_cases(
         UserError: one sentence for each bad case.
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
+        items = list({case["case"]: case for case in items}.values())
         records = survey(items, channels, values, memory, ignore)
         faults = [record["error"] for record in records if "error" in record]
         if len(faults) == 1:
