@@ -98,8 +98,8 @@ def start_from(
         return
     report = transfer(network, checkpoints.read(path).state, path, (checkpoints.HEADS,) if skip_heads else ())
     logger.info("starting from %s: %s", path, report)
-    theirs = settings.read(path).get("fold", fold)
-    if theirs != fold:
+    theirs = settings.read(path).get("fold")
+    if None not in (theirs, fold) and theirs != fold:
         logger.warning(
             "%s was trained on fold %s, this is fold %s: if they are folds of one data set, it has seen the cases that"
             " are held out here; start from the weights of the same fold.", path, theirs, fold,

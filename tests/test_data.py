@@ -73,6 +73,13 @@ def test_a_split_of_ones_own_is_used(tmp_path):
     assert [case["case"] for case in validation] == ["a", "b"]
 
 
+def test_a_fold_that_trains_on_what_it_holds_out_is_refused(tmp_path):
+    folder = nnunet_folder(tmp_path)
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["b", "c"], "val": ["a", "b"]}]))
+    with pytest.raises(UserError, match="splits_final.json trains fold 0 on case b and holds it out as well"):
+        data.split(folder, 0)
+
+
 def test_fold_all_trains_and_validates_on_everything(phantom_dir):
     training, validation = data.split(str(phantom_dir), "all")
     assert training == validation == data.cases(str(phantom_dir))

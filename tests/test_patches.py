@@ -76,7 +76,8 @@ class TestRandPatch:
         label[:, 10, 10:20, 15:25] = 0  # 100 voxels of background
         label[:, 11, 10:20, 20] = 1  # 10 voxels of a label
         one = [int(np.ravel_multi_index((11, 12, 20), (20, 30, 40)))]  # what a cap on the indices would leave of each
-        data = {"image": label.float(), "label": label, "label_cls_indices": [one, one, one], "foreground": False}
+        far = [int(np.ravel_multi_index((19, 12, 20), (20, 30, 40)))]
+        data = {"image": label.float(), "label": label, "label_cls_indices": [one, one, far], "foreground": False}
         starts = np.array([cut.randomize(data) for _ in range(1000)])
         assert set(starts[:, 0]) == {2, 3}
         share = (starts[:, 0] == 3).mean()

@@ -13,7 +13,7 @@ from conftest import save
 
 from scripts.data import cases
 from scripts.errors import UserError
-from scripts.survey import QUANTILES, examine, survey_folder
+from scripts.survey import QUANTILES, examine, survey, survey_folder
 
 
 def read_all(folder: Path, memory: Path) -> list[dict]:
@@ -59,6 +59,19 @@ def test_measures_are_those_of_the_files(case):
     assert record["cropped"] == [10, 8, 6]  # stored zeros are 5 in the second channel
     del case["image"][1]
     assert examine(case, channels=1, values=[0, 1, 2])["cropped"] == [8, 8, 5]
+
+
+def test_voxels_to_ignore_are_counted_last_and_measured_nowhere(case):
+    record = examine(case, channels=2, values=[0, 1], ignore=2)
+    assert record["labels"] == [10 * 8 * 6 - 28, 27, 1]
+    label, first = (np.asarray(nib.load(path).dataobj) for path in (case["label"], case["image"][0]))
+    assert record["foreground"][0]["mean"] == pytest.approx(first[label == 1].mean(), rel=1e-6)
+
+
+def test_a_label_that_becomes_one_to_ignore_is_read_again(case, tmp_path):
+    memory = str(tmp_path / "memory.json")
+    (label,), (ignored,) = survey([case], 2, [0, 1, 2], memory), survey([case], 2, [0, 1], memory, ignore=2)
+    assert label["foreground"] != ignored["foreground"]
 
 
 def test_gaps_in_label_values_are_closed(case):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from scripts import settings
 from scripts.blocks import MedNeXtBlock
 from scripts.checkpoints import to_mic_dkfz
 from scripts.errors import UserError
@@ -126,6 +129,17 @@ def test_a_resumed_run_does_not_start_anew_and_heads_need_a_file():
     start_from(target, "gone.pt", resume=True)
     with pytest.raises(UserError, match="skip_heads is True without upkern_from"):
         start_from(target, None, skip_heads=True)
+
+
+def test_weights_of_another_fold_are_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+    torch.save(net().state_dict(), tmp_path / "model.pt")
+    settings.write(tmp_path / "model.pt", {"fold": 1})
+    for fold, warnings in ((0, 1), (1, 0), (None, 0)):
+        caplog.clear()
+        start_from(net(), tmp_path / "model.pt", fold=fold)
+        said = [m for m in caplog.messages if f"was trained on fold 1, this is fold {fold}" in m]
+        assert len(said) == warnings
 
 
 def test_no_file_is_nothing_to_do():
