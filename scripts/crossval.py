@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from .checkpoints import load
 from .data import cases
 from .data import folds as folds_of
 from .errors import UserError, command
-from .scores import write_tables
+from .scores import with_nan, write_tables
 from .settings import BUNDLE_ROOT
 
 TRAIN = "configs/train.json"
@@ -162,7 +161,7 @@ def pool(output_dir: str, classes: Sequence[str], tolerance: float) -> None:
                     f"{first} and {folder} both scored case {row['case']}; one of them is of another split: move it"
                     " away, with its weights, and train it again."
                 )
-            rows.append({key: _number(value) for key, value in row.items()})
+            rows.append({key: with_nan(value) for key, value in row.items()})
     write_tables(output_dir, rows, classes, tolerance)
     masks = Path(output_dir, "predictions")
     masks.mkdir(exist_ok=True)
@@ -170,11 +169,6 @@ def pool(output_dir: str, classes: Sequence[str], tolerance: float) -> None:
         mask = masks / f"{case}_seg.nii.gz"
         mask.unlink(missing_ok=True)
         shutil.copy2(folder / "predictions" / mask.name, mask)
-
-
-def _number(value: object) -> object:
-    """What JSON could not hold."""
-    return math.nan if value is None else math.inf if value == "inf" else value
 
 
 if __name__ == "__main__":

@@ -253,7 +253,11 @@ def case_name(meta: dict, _saver: object = None) -> dict:
 # ---- how it is loaded
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers(device: object = None) -> int:
     """Loader processes: half of the cores up to 8; none where the network itself computes on the CPU and needs them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if "cpu" in str(device) else min(8, cores // 2)
+    return 0 if "cpu" in str(device) else min(8, cores() // 2)

@@ -102,11 +102,3 @@ def file_digest(path: str, known: dict) -> str:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def remembered(path: Path) -> dict:
-    """The digests that an earlier run left in a JSON file; none where there is no such file or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}

@@ -19,7 +19,7 @@ from .errors import UserError
 from .files import write_whole
 from .labels import ignore_index, stored
 from .nifti import read as read_nifti
-from .scores import ClassDice
+from .scores import ClassDice, without_nan
 
 ALL = "all foreground"
 Cases = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
@@ -138,20 +138,13 @@ def deciding(
         return np.ascontiguousarray(prediction, np.int16), np.ascontiguousarray(reference, np.int16)
 
     decision = decide(lambda: map(load, tqdm(items, desc="deciding")), classes, ignore_index(label_values, ignore))
-    content = {"labels": list(labels), "cases": len(items), **_json(decision)}
+    content = {"labels": list(labels), "cases": len(items), **without_nan(decision)}
     write_whole(output, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
     print(f"{'class':20} {'Dice':>8} {'with':>8} {'gain':>8}")
     for name, dice in decision["gain"].items():
         print(f"{name:20} {dice['without']:8.4f} {dice['with']:8.4f} {dice['gain']:+8.4f}")
     kept = ", ".join(decision["steps"]) or "nothing (no step helps)"
     print(f"wrote {output}: of {len(items)} cases, the largest component alone is kept of {kept}")
-
-
-def _json(value):
-    """JSON has no nan; here it is null."""
-    if isinstance(value, dict):
-        return {k: _json(v) for k, v in value.items()}
-    return None if value != value else value
 
 
 def beside(weights: str | Path) -> str | None:

@@ -31,10 +31,10 @@ from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from .data import image_files
+from .data import cores, image_files
 from .errors import UserError, first_cause
-from .files import write_whole
-from .identity import description, digest, file_digest, remembered, versions
+from .files import remembered, write_whole
+from .identity import description, digest, file_digest, versions
 
 # bytes a voxel while it is resampled, and for each channel (docs/benchmarks/preprocessing_2-core-cpu_2026-11-21.md)
 PEAK_BYTES, CHANNEL_BYTES = 40, 8
@@ -262,10 +262,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:
     """One for each core, but no more than what the largest case leaves room for in half of the free RAM; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
     largest = max((_peak_bytes(case, spacing) for case in cases), default=1)
-    return int(max(1, min(cores, _free_bytes() / 2 // largest) // processes))
+    return int(max(1, min(cores(), _free_bytes() / 2 // largest) // processes))
 
 
 def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:

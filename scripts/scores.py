@@ -182,7 +182,7 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
             writer.writeheader()
             writer.writerows(table)
     content = {"nsd_tolerance_mm": tolerance, "summary": summary, "cases": rows}
-    (folder / "summary.json").write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
     for entry in summary:
         logger.info(
             "%-20s Dice %.4f  NSD@%g mm %.4f  HD95 %.2f mm  (%d cases, %d empty in both, %d empty in one)",
@@ -196,12 +196,17 @@ def _rest(rows: Sequence[dict]) -> list[str]:
     return [key for key in rows[0] if key not in ("case", "label", *METRICS)]
 
 
-def _without_nan(value):
+def without_nan(value):
     """JSON has neither nan (here null) nor infinity (here the string "inf")."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_without_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "inf" if math.isinf(value) else None
     return value
+
+
+def with_nan(value: object) -> object:
+    """A number as it was before `without_nan`; anything else as it is."""
+    return math.nan if value is None else math.inf if value == "inf" else value

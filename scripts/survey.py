@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .checks import check_image, check_label, check_same_grid
 from .data import cases, channel_names, image_files, workers
 from .errors import UserError
-from .files import write_whole
+from .files import remembered, write_whole
 from .labels import read as read_labels
 from .labels import stored
 from .nifti import read
@@ -120,7 +120,7 @@ def survey(
         ignore: value of voxels that nobody annotated, or None.
     """
     path = Path(memory)
-    known = _remembered(path)
+    known = remembered(path)
     signatures = {case["label"]: _signature(case, channels, values, ignore) for case in items}
     pending = [case for case in items if known.get(case["label"], {}).get("signature") != signatures[case["label"]]]
 
@@ -162,10 +162,3 @@ def survey_folder(dataset_dir: str, memory: str) -> list[dict]:
 def _signature(case: dict, channels: int, values: Sequence[int], ignore: int | None) -> list:
     states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
     return [channels, list(values), ignore, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
-
-
-def _remembered(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # damaged: read everything again
-        return {}

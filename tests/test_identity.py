@@ -14,7 +14,8 @@ import torch
 from conftest import save
 from monai.transforms import Compose, CropForegroundd, LoadImaged, ScaleIntensityRanged, Spacingd
 
-from scripts.identity import description, digest, file_digest, remembered
+from scripts.files import remembered
+from scripts.identity import description, digest, file_digest
 from scripts.intensity import Intensityd
 
 SOURCE = "from monai.transforms import MapTransform\n\n\nclass Addd(MapTransform):\n    {method}\n"
