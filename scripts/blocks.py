@@ -6,12 +6,15 @@ Names, shapes and arithmetic are those of https://github.com/MIC-DKFZ/MedNeXt (A
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from . import kernels
 
 CONV = {"2d": nn.Conv2d, "3d": nn.Conv3d}
 CONV_TRANSPOSE = {"2d": nn.ConvTranspose2d, "3d": nn.ConvTranspose3d}
@@ -20,6 +23,32 @@ CONV_TRANSPOSE = {"2d": nn.ConvTranspose2d, "3d": nn.ConvTranspose3d}
 def exporting() -> bool:
     """Whether torch.export or the ONNX exporter is looking; their graphs serve every input size and other runtimes."""
     return False if torch.jit.is_scripting() else torch.compiler.is_exporting()
+
+
+def _matrix(conv: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (K, C) and bias of a 1x1x1 convolution, transposed or not."""
+    weight = conv.weight.flatten(1)
+    return weight.t() if conv.transposed else weight, conv.bias
+
+
+def _every_second(x: torch.Tensor, first: int) -> tuple[slice, ...]:
+    return (slice(None), slice(None), *[slice(first, None, 2)] * (x.dim() - 2))
+
+
+def _only_modules(layers: Iterable[nn.Module]) -> str | None:
+    """Why these layers must be called as modules, if they must."""
+    for layer in layers:
+        if type(layer) not in STOCK:
+            return f"there is none for {type(layer).__name__}"
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return "a layer has hooks"
+    return None
+
+
+def pointwise(conv: nn.Module, x: torch.Tensor, which: str) -> torch.Tensor:
+    """A 1x1x1 convolution of stride 1, transposed or not, with the kernels of that name; not for scripting."""
+    ops = kernels.choose(which, x, _only_modules([conv]), compiled=False)
+    return conv(x) if ops is kernels.reference else ops.pointwise(x, *_matrix(conv))
 
 
 def _mean_axis_by_axis(x: torch.Tensor) -> torch.Tensor:
@@ -65,6 +94,9 @@ class ChannelNorm(nn.GroupNorm):
         return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
 
 
+STOCK = (*CONV.values(), *CONV_TRANSPOSE.values(), ChannelNorm, nn.GELU, nn.Identity)  # layers that kernels know
+
+
 class MedNeXtBlock(nn.Module):
     """Depthwise conv -> norm -> 1x1x1 expand -> GELU (-> GRN) -> 1x1x1 compress (+ input), (N, C, *space).
 
@@ -82,6 +114,8 @@ class MedNeXtBlock(nn.Module):
 
     `checkpoint_style` of a block says what the backward pass computes again instead of keeping it: None nothing,
     "block" everything, "expansion" `conv2 -> GELU -> conv3`, which is most of the memory for little of the time.
+    `kernels` says which of `kernels.KERNELS` compute it: "auto" the fastest that can. They use the parameters of the
+    layers inside, and leave a layer that has hooks or was replaced to the reference.
 
     Raises:
         ValueError: `norm_type`, `dim` or `grn` is none of its values, or `do_res` does not fit the channels.
@@ -113,6 +147,7 @@ class MedNeXtBlock(nn.Module):
         hidden = exp_r * in_channels
         self.do_res, self.dim, self.grn = do_res, dim, bool(grn)
         self.checkpoint_style: str | None = None
+        self.kernels = "auto"
         self.conv1 = self._first_conv(in_channels, kernel_size, n_groups or in_channels, dim)
         self.norm = ChannelNorm(in_channels) if norm_type == "group" else LayerNorm(in_channels)
         self.conv2 = CONV[dim](in_channels, hidden, kernel_size=1)
@@ -149,11 +184,34 @@ class MedNeXtBlock(nn.Module):
         return self.conv3(y)
 
     def _block(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            ops = kernels.choose(self.kernels, x, self._only_modules())
+            if ops is not kernels.reference:
+                return self._with(ops, x)
         if not x.is_cuda:  # channels last is faster on a CPU; in each block, since 1x1x1 convolutions may undo it
             x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
         y = self.norm(self.conv1(x))
         y = self._expansion(y) if torch.jit.is_scripting() else self._run("expansion", self._expansion, y)
         return self._residual(x, y)
+
+    def _only_modules(self) -> str | None:
+        if self.grn_gamma is not None:
+            return "there is none with GRN"
+        if self.conv1.groups != self.conv1.in_channels:
+            return "the first convolution is not depthwise"
+        return _only_modules(self.children())
+
+    def _with(self, ops: ModuleType, x: torch.Tensor) -> torch.Tensor:
+        conv = self.conv1
+        return self._expanded(ops, x, ops.depthwise(x, conv.weight, conv.bias, conv.stride[0], conv.transposed))
+
+    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What `norm`, `_expansion` and `_residual` make of the depthwise convolution's y."""
+        return ops.expansion(y, *self._layers(), x if self.do_res else None)
+
+    def _layers(self) -> list:
+        norm, first, second = self.norm, self.conv2, self.conv3
+        return [norm.weight, norm.bias, norm.eps, first.weight, first.bias, second.weight, second.bias]
 
     def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
         # the second argument is the original's and unused: networks built of its blocks pass it
@@ -191,6 +249,10 @@ class MedNeXtDownBlock(MedNeXtBlock):
     def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.res_conv(x) if self.do_res else y
 
+    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        residual = ops.pointwise(x[_every_second(x, 0)], *_matrix(self.res_conv)) if self.do_res else None
+        return ops.expansion(y, *self._layers(), residual)
+
 
 class MedNeXtUpBlock(MedNeXtDownBlock):
     """MedNeXtBlock whose depthwise conv is transposed with stride 2: (N, C, n, ..) -> (N, out_channels, 2n, ..).
@@ -211,13 +273,24 @@ class MedNeXtUpBlock(MedNeXtDownBlock):
         y = y + self.res_conv(x) if self.do_res else y  # (N, C, 2n - 1, ..)
         return F.pad(y, [1, 0] * (x.dim() - 2))
 
+    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        *layers, bias = self._layers()
+        if self.do_res:  # a transposed convolution adds its bias everywhere, its products to every second voxel
+            weight, residual_bias = _matrix(self.res_conv)
+            bias = bias + residual_bias
+        y = F.pad(ops.expansion(y, *layers, bias), [1, 0] * (x.dim() - 2))
+        if self.do_res:
+            y[_every_second(y, 1)] += ops.pointwise(x, weight)
+        return y
+
 
 class OutBlock(nn.Module):
     """1x1x1 head: (N, C, *space) -> (N, n_classes, *space)."""
 
     def __init__(self, in_channels: int, n_classes: int, dim: str) -> None:
         super().__init__()
+        self.kernels = "auto"
         self.conv_out = CONV_TRANSPOSE[dim](in_channels, n_classes, kernel_size=1)
 
     def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
-        return self.conv_out(x)
+        return self.conv_out(x) if torch.jit.is_scripting() else pointwise(self.conv_out, x, self.kernels)

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock, exporting
+from . import kernels as engine
+from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock, exporting, pointwise
 
 LEVELS = 4  # moves down, hence the multiple of 2**4 voxels
 KERNEL_SIZES = (3, 5, 7)
@@ -88,6 +89,8 @@ class MedNeXt(nn.Module):
         dim: "2d" or "3d".
         grn: Global Response Normalisation, False, True (or "mean") or "sum", see MedNeXtBlock.
         layout: "paper", "monai" or "v2", the rows of `LAYOUTS`. With grn, "paper" has it everywhere but in `down_0`.
+        kernels: what computes it, one of `kernels.KERNELS`: "auto" the fastest that can, "reference" stock PyTorch; any
+            other by name, and an error where it cannot. All have the same parameters and, to rounding, the same result.
 
     Input (N, in_channels, [D,] H, W), any size with at least one side over 16 voxels (any at all with "layer" norm).
     Output: in eval mode (N, n_classes, [D,] H, W); in training mode with deep supervision the list of five logits at 1,
@@ -115,6 +118,7 @@ class MedNeXt(nn.Module):
         dim: str = "3d",
         grn: bool | str = False,
         layout: str = "paper",
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         stages = 2 * LEVELS + 1
@@ -135,6 +139,7 @@ class MedNeXt(nn.Module):
 
         self.axes = 2 if dim == "2d" else 3
         self.do_ds = deep_supervision
+        self.kernels = engine.check(kernels)
         self.norms_over_space = norm_type == "group"
         self.step = 2**LEVELS  # sides are padded to a multiple of it
         width = [n_channels * 2**level for level in range(LEVELS + 1)]
@@ -152,6 +157,8 @@ class MedNeXt(nn.Module):
             for block in module.modules():
                 if isinstance(block, MedNeXtBlock):
                     block.checkpoint_style = styles[level]
+                if isinstance(block, (MedNeXtBlock, OutBlock)):
+                    block.kernels = kernels
             self.add_module(name, module)
 
         ratio_from, grn_down = LAYOUTS[layout]
@@ -190,7 +197,7 @@ class MedNeXt(nn.Module):
                 pad = [0, m] + pad  # noqa: RUF005 (scripted)
             x = F.pad(x, pad)
 
-        x = self.stem(x)  # (N, C, D, H, W)
+        x = self.stem(x) if torch.jit.is_scripting() else pointwise(self.stem, x, self.kernels)  # (N, C, D, H, W)
         x0 = self.enc_block_0(x)
         x1 = self.enc_block_1(self.down_0(x0))  # (N, 2C, D/2, H/2, W/2)
         x2 = self.enc_block_2(self.down_1(x1))

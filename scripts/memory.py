@@ -80,8 +80,8 @@ def memory(
         out_channels: labels with background.
         patch_size: voxels.
         batch_size: patches in a step.
-        device: "cpu", "cuda", or "meta", which only counts. What is kept for the backward pass is always counted in
-            float32 and without computing anything; the peak on CUDA is that of a step under autocast.
+        device: "cpu", "cuda", or "meta", which only counts. What is kept for the backward pass is counted in float32,
+            except on a CPU without computing anything; the peak on CUDA is that of a step under autocast.
         repeats: steps timed for each row, after one to warm up; the median is printed.
     """
     if size not in SIZES or kernel_size not in KERNEL_SIZES:
@@ -97,15 +97,17 @@ def memory(
     print(f"{'checkpoint_style':52}{'kept, float32':>20}{'peak':>12}{'a step':>12}")
     for style in STYLES:
         options = {"deep_supervision": True, "checkpoint_style": style}
-        with torch.device("meta"):
+        torch.manual_seed(0)
+        with torch.device("cpu" if device == "cpu" else "meta"):  # on a CPU other kernels run, which keep less
             network = create_mednext(in_channels, out_channels, size, kernel_size, **options)
-            image = torch.empty(batch_size, in_channels, *patch_size)
+            image = torch.randn(batch_size, in_channels, *patch_size)
         row = f"{style if style is None or isinstance(style, str) else list(style)!s:52}"
         row += f"{kept_bytes(network, image) / 2**30:16.2f} GiB"
         if device != "meta":
-            torch.manual_seed(0)
-            network = create_mednext(in_channels, out_channels, size, kernel_size, **options).to(device)
-            seconds, peak = measure(network, torch.randn(image.shape, device=device), repeats)
+            if device != "cpu":
+                network = create_mednext(in_channels, out_channels, size, kernel_size, **options).to(device)
+                image = torch.randn(image.shape, device=device)
+            seconds, peak = measure(network, image, repeats)
             row += f"{'-':>12}" if math.isnan(peak) else f"{peak / 2**30:8.2f} GiB"
             row += f"{seconds:10.2f} s"
         print(row, flush=True)

@@ -1,0 +1,49 @@
+"""The engine room: what MedNeXt spends its time on, each operation as stock PyTorch and as something faster.
+
+Kernels know tensors and no modules. `reference` is the specification, in stock operators that run everywhere;
+`cpu` is for CPUs. Both have `depthwise` and `expansion`, with the same arguments and, to rounding, the same numbers.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from . import cpu, reference
+
+KERNELS = ("auto", "reference", "cpu")
+
+
+def check(kernels: str) -> str:
+    """Its argument.
+
+    Raises:
+        ValueError: it is none of KERNELS.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}.")
+    return kernels
+
+
+def choose(kernels: str, x: torch.Tensor, why_not: str | None = None, compiled: bool = True) -> ModuleType:
+    """The module whose operations suit the tensor.
+
+    Args:
+        kernels: one of KERNELS; "auto" is "cpu" wherever that is possible, else "reference".
+        x: (N, C, *space).
+        why_not: what about the operation only the reference can do.
+        compiled: whether the operation has a part that is compiled, which "cpu" by name insists on.
+
+    Raises:
+        RuntimeError: what was asked for by name cannot run on this tensor or this machine; says why.
+    """
+    if kernels == "reference":
+        return reference
+    reason = why_not or cpu.unsuitable(x)
+    if kernels == "auto":
+        return reference if reason else cpu
+    reason = reason or (cpu.missing(x) if compiled else None)
+    if reason:
+        raise RuntimeError(f'kernels="cpu" cannot be used: {reason}. Use kernels="auto".')
+    return cpu

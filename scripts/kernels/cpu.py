@@ -1,0 +1,252 @@
+"""The operations of a MedNeXt block on a CPU: channels-last, a tile at a time, nothing of the hidden size kept.
+
+- A depthwise convolution and its input gradient (a convolution with the flipped kernel, or the transposed one) are
+  oneDNN's forward convolution wherever that is an ordinary convolution; the rest is `native`, else `composed`.
+- Norm, expansion, GELU, compression and residual run over tiles of voxels whose hidden layer stays in the cache; the
+  backward pass computes it again from the norm's input. The norm's scale and shift are folded into the first weights:
+  W1 (gamma * z + beta) + b1 = (W1 * gamma) z + (W1 beta + b1), with z the normalised input.
+
+Sums over voxels are kept in float32 at least, those of the norm in float64. Under autocast to bfloat16 activations and
+products are bfloat16; weights stay as they are and get their gradients in their own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import composed, native
+from .reference import CHANNELS_LAST, CONV
+
+TILE_BYTES = 2**21  # of the hidden layer of a tile; from 1 to 4 MiB made no difference on 1 MiB of L2 a core
+
+
+def unsuitable(x: torch.Tensor) -> str | None:
+    """Why the operations below cannot run on x (N, C, *space), if they cannot."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return "a graph is being recorded, which needs stock operators"
+    if type(x) is not torch.Tensor and not hasattr(x, "as_tensor"):  # MONAI's MetaTensor has it
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if x.device.type != "cpu" or x.dtype not in native.STORED:
+        return f"the input is {x.dtype} on {x.device}; it needs float32, bfloat16 or float64 on a CPU"
+    return None
+
+
+def missing(x: torch.Tensor) -> str | None:
+    """Why x (N, C, *space) would be computed with `composed` instead of `native`, if it would."""
+    try:
+        native.library()
+    except native.UnavailableError as reason:
+        return str(reason)
+    if x.shape[1] % native.LANES:
+        return f"{x.shape[1]} channels are no multiple of {native.LANES}"
+    return None
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """In the precision to compute with, channels-last."""
+    x = x.as_tensor() if hasattr(x, "as_tensor") else x
+    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    return _channels_last(x)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+
+
+def _helper(x: torch.Tensor, weight: torch.Tensor) -> ModuleType:
+    return native if native.suits(x, weight.shape[-1]) else composed
+
+
+# ---- depthwise convolution
+
+
+def depthwise(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int = 1, transposed: bool = False
+) -> torch.Tensor:
+    """As `reference.depthwise`, channels-last."""
+    return _Depthwise.apply(_plain(x), weight, bias, stride, transposed)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, transposed):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.transposed, ctx.bias_dtype = stride, transposed, bias.dtype
+        if transposed:
+            size = [stride * (n - 1) + 1 for n in x.shape[2:]]
+            return _helper(x, weight).transposed(x, weight, bias, stride, size)
+        return _convolve(x, weight, bias, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        stride = ctx.stride
+        g = _channels_last(g)
+        helper = _helper(x, weight)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            if ctx.transposed:
+                dx = _convolve(g, weight, None, stride)
+            elif stride == 1:
+                dx = _convolve(g, weight.flip(*range(2, g.dim())), None)
+            else:
+                dx = helper.transposed(g, weight, weight.new_zeros(len(weight)), stride, x.shape[2:])
+        if ctx.needs_input_grad[1]:
+            fine, coarse = (g, x) if ctx.transposed else (x, g)
+            dweight = helper.weight_gradient(fine, coarse, stride, weight)
+        if ctx.needs_input_grad[2]:
+            mean, _ = helper.moments(g)
+            dbias = (mean.sum(0) * g.shape[2:].numel()).to(ctx.bias_dtype)
+        return dx, dweight, dbias, None, None
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1) -> torch.Tensor:
+    bias = bias if bias is None else bias.to(x.dtype)
+    y = CONV[x.dim()](x, weight.to(x.dtype), bias, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight))
+    return _channels_last(y)
+
+
+# ---- norm, expansion, GELU, compression, residual
+
+
+def expansion(
+    y: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `reference.expansion`, channels-last."""
+    residual = residual if residual is None else _plain(residual)
+    layers = (weight1.flatten(1), bias1, weight2.flatten(1), bias2)
+    return _Expansion.apply(_plain(y), norm_weight, norm_bias, eps, *layers, residual)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, *space), channels-last -> (N, voxels, C), of the same memory."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def _tiles(voxels: int, hidden: torch.Tensor) -> Iterator[slice]:
+    """Of voxels; `hidden` (R, C) are the weights that make the hidden layer."""
+    rows = max(TILE_BYTES // (len(hidden) * hidden.element_size()), 64)
+    return (slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows))
+
+
+class _Buffers:
+    """(rows, channels) of scratch memory, as many as there are channels, for the tiles of one call."""
+
+    def __init__(self, like: torch.Tensor, rows: int, channels: Sequence[int]) -> None:
+        self.whole = [like.new_empty(rows, n) for n in channels]
+
+    def __call__(self, tile: slice) -> list[torch.Tensor]:
+        return [buffer[: tile.stop - tile.start] for buffer in self.whole]
+
+
+class _Expansion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, gamma, beta, eps, w1, b1, w2, b2, residual):
+        wide = torch.promote_types(y.dtype, torch.float32)
+        mean, variance = (native if native.suits(y, 3) else composed).moments(y)
+        rstd = torch.rsqrt(variance + eps)
+        scale, shift = rstd.to(wide), (-mean * rstd).to(wide)  # (N, C): z = y * scale + shift
+        ctx.save_for_backward(y, gamma, beta, w1, b1, w2, scale, shift)
+        ctx.has_residual = residual is not None
+
+        first, start = (t.to(y.dtype) for t in _folded(gamma, beta, w1, b1, wide))
+        second, b2 = w2.to(y.dtype).t(), b2.to(y.dtype)
+        out = torch.empty((len(y), len(w2), *y.shape[2:]), dtype=y.dtype, memory_format=CHANNELS_LAST[y.dim()])
+        residual = residual if residual is None else _rows(residual)
+        tiles = list(_tiles(_rows(y).shape[1], first))
+        buffers = _Buffers(y, tiles[0].stop, (first.shape[1], len(first)))
+        for n, (rows, made) in enumerate(zip(_rows(y), _rows(out), strict=True)):
+            for tile in tiles:
+                z, hidden = buffers(tile)
+                torch.addcmul(shift[n], rows[tile], scale[n], out=z)
+                torch.ops.aten.gelu_(torch.addmm(start, z, first.t(), out=hidden))
+                if residual is None:
+                    torch.addmm(b2, hidden, second, out=made[tile])
+                else:
+                    torch.add(residual[n, tile], b2, out=made[tile]).addmm_(hidden, second)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, gamma, beta, w1, b1, w2, scale, shift = ctx.saved_tensors
+        g = _channels_last(g)
+        first_wide, start = _folded(gamma, beta, w1, b1, scale.dtype)
+        first, start, second = first_wide.to(y.dtype), start.to(y.dtype), w2.to(y.dtype)
+        dfirst, dstart = (scale.new_zeros(len(y), *t.shape) for t in (first, start))  # of each case
+        dw2, db2 = scale.new_zeros(w2.shape), scale.new_zeros(len(w2))
+        dy = torch.empty_like(y)
+        voxels = _rows(y).shape[1]
+        tiles = list(_tiles(voxels, first))
+        buffers = _Buffers(y, tiles[0].stop, (first.shape[1], len(first), len(first), len(first)))
+        exact = _Buffers(scale, tiles[0].stop, (first.shape[1],))
+        for n, (rows, grads, made) in enumerate(zip(_rows(y), _rows(g), _rows(dy), strict=True)):
+            for tile in tiles:
+                z, before, hidden, dhidden = buffers(tile)
+                grad = grads[tile]
+                torch.addcmul(shift[n], rows[tile], scale[n], out=z)
+                torch.addmm(start, z, first.t(), out=before)
+                torch.ops.aten.gelu.out(before, out=hidden)
+                _add_product(dw2, grad.t(), hidden)
+                db2 += grad.sum(0, dtype=db2.dtype)
+                torch.mm(grad, second, out=dhidden)
+                torch.ops.aten.gelu_backward.grad_input(dhidden, before, grad_input=hidden)
+                torch.mm(hidden, first, out=made[tile])  # gradient of z, until the norm's sums are known
+                _add_product(dfirst[n], hidden.t(), z)
+                dstart[n] += hidden.sum(0, dtype=dstart.dtype)
+            # the norm's backward pass needs, of the gradient of z, the means of it and of it times z
+            means = (dstart[n] @ first_wide / voxels, (dfirst[n] * first_wide).sum(0) / voxels)
+            along = -scale[n] * means[1]
+            constant = along * shift[n] - scale[n] * means[0]
+            for tile in tiles:
+                (total,) = exact(tile)
+                torch.addcmul(constant, rows[tile], along * scale[n], out=total)
+                made[tile] = total.addcmul_(made[tile], scale[n])
+        dfirst, dstart = dfirst.sum(0), dstart.sum(0)
+        grads = (
+            (dfirst * w1).sum(0).to(gamma.dtype),
+            (dstart @ w1.to(dstart.dtype)).to(beta.dtype),
+            None,
+            (dfirst * gamma + torch.outer(dstart, beta.to(dstart.dtype))).to(w1.dtype),
+            dstart.to(b1.dtype),
+            dw2.to(w2.dtype),
+            db2.to(w2.dtype),
+        )
+        return (dy, *grads, g if ctx.has_residual else None)
+
+
+def _folded(gamma: torch.Tensor, beta: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, dtype: torch.dtype):
+    """First weights (R, C) and bias (R,) for the normalised input before gamma and beta."""
+    gamma, beta, w1, b1 = (t.detach().to(dtype) for t in (gamma, beta, w1, b1))
+    return w1 * gamma, b1 + w1 @ beta
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b; the total may be wider than its factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+# ---- 1x1x1 convolutions
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1x1 convolution, (N, C, *space) -> (N, K, *space), channels-last; weight (K, C)."""
+    return F.linear(_plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)

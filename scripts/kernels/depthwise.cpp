@@ -1,0 +1,254 @@
+// What PyTorch lacks a fast CPU version of: transposed depthwise convolution, the weight gradient of a depthwise one,
+// and exact sums over voxels. Tensors are channels-last, (N, D, H, W, C), with C a multiple of 16: sixteen channels of a
+// voxel are one vector. float32 and bfloat16 are multiplied and added in float32 within a plane, in float64 beyond it.
+
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+namespace {
+
+constexpr int64_t LANES = 16; // channels of a vector
+constexpr int64_t BLOCK = 8;  // voxels of a row that are summed in registers at the same time
+constexpr int64_t TILE = 256; // voxels that stay in the L1 cache while `moments` walks over their channels
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+template <typename V, typename Number> V read(const Number *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <typename V, typename Number> void write(Number *p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// How a channel is stored, and the number and the vector that computing uses.
+struct F32 {
+    typedef float Stored, Number;
+    typedef Floats Vector;
+    static Vector load(const Stored *p) { return read<Vector>(p); }
+    static void store(Stored *p, Vector v) { write(p, v); }
+};
+
+struct F64 {
+    typedef double Stored, Number;
+    typedef Doubles Vector;
+    static Vector load(const Stored *p) { return read<Vector>(p); }
+    static void store(Stored *p, Vector v) { write(p, v); }
+};
+
+struct BF16 {
+    typedef uint16_t Stored;
+    typedef float Number;
+    typedef Floats Vector;
+    static Vector load(const Stored *p) { return (Vector)(__builtin_convertvector(read<Halves>(p), Words) << 16); }
+    static void store(Stored *p, Vector v) { // to nearest, ties to even; NaN stays NaN
+        const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (Words)(v != v);
+        write(p, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves));
+    }
+};
+
+} // namespace
+
+extern "C" struct Shape { int64_t n, channels, fine[3], coarse[3], kernel[3], stride[3]; };
+
+namespace {
+
+// One axis of a strided convolution: its voxel `fine` is seen by voxel `coarse` through tap
+// fine - coarse * stride + kernel / 2. A transposed convolution goes from coarse to fine.
+struct Axis {
+    int64_t fine, coarse, kernel, stride;
+    Axis(const Shape &s, int a) : fine(s.fine[a]), coarse(s.coarse[a]), kernel(s.kernel[a]), stride(s.stride[a]) {}
+    int64_t first_tap(int64_t f) const { return (f + kernel / 2) % stride; } // further taps are `stride` apart
+    int64_t seen_by(int64_t f, int64_t tap) const { return (f + kernel / 2 - tap) / stride; }
+    bool inside(int64_t f, int64_t tap) const { return f + kernel / 2 >= tap && seen_by(f, tap) < coarse; }
+};
+
+// The taps of one row that lie inside the volume: where their voxels and their weights begin.
+template <typename T>
+struct TapRow { const typename T::Stored *x; const typename T::Number *weight; };
+
+// Sixteen channels of COUNT voxels `stride` apart, from `f` on. With COUNT 1 taps along the row may lie outside.
+template <typename T, int64_t COUNT>
+inline void sum_taps(typename T::Stored *y, const TapRow<T> *rows, int64_t row_count, typename T::Vector bias,
+                     const Axis &axis, int64_t f, int64_t channels) {
+    typename T::Vector sums[COUNT];
+    for (int64_t b = 0; b < COUNT; b++) sums[b] = typename T::Vector{};
+    for (int64_t r = 0; r < row_count; r++)
+        for (int64_t tap = axis.first_tap(f); tap < axis.kernel; tap += axis.stride) {
+            if (COUNT == 1 && !axis.inside(f, tap)) continue;
+            const typename T::Vector weight = read<typename T::Vector>(rows[r].weight + tap * channels);
+            const typename T::Stored *x = rows[r].x + axis.seen_by(f, tap) * channels;
+#pragma GCC unroll 16
+            for (int64_t b = 0; b < COUNT; b++) sums[b] += weight * T::load(x + b * channels);
+        }
+    for (int64_t b = 0; b < COUNT; b++) T::store(y + (f + b * axis.stride) * channels, sums[b] + bias);
+}
+
+// coarse x (N, D, H, W, C) -> fine y
+template <typename T>
+void transposed(const typename T::Stored *x, const typename T::Number *weight, const typename T::Number *bias,
+                typename T::Stored *y, const Shape &s) {
+    const int64_t C = s.channels;
+    const Axis az(s, 0), ay(s, 1), ax(s, 2);
+#pragma omp parallel
+    {
+        TapRow<T> *rows = new TapRow<T>[az.kernel * ay.kernel];
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < s.n * az.fine * ay.fine; row++) {
+            const int64_t fy = row % ay.fine, fz = row / ay.fine % az.fine, n = row / ay.fine / az.fine;
+            for (int64_t c = 0; c < C; c += LANES) {
+                int64_t count = 0;
+                for (int64_t tz = az.first_tap(fz); tz < az.kernel; tz += az.stride)
+                    for (int64_t ty = ay.first_tap(fy); ty < ay.kernel; ty += ay.stride)
+                        if (az.inside(fz, tz) && ay.inside(fy, ty)) {
+                            const int64_t cz = az.seen_by(fz, tz), cy = ay.seen_by(fy, ty);
+                            rows[count++] = {x + ((n * az.coarse + cz) * ay.coarse + cy) * ax.coarse * C + c,
+                                             weight + (tz * ay.kernel + ty) * ax.kernel * C + c};
+                        }
+                const typename T::Vector start = read<typename T::Vector>(bias + c);
+                typename T::Stored *to = y + row * ax.fine * C + c;
+                for (int64_t phase = 0; phase < ax.stride; phase++) { // voxels of one phase have the same taps
+                    const int64_t low = ax.first_tap(phase), high = low + (ax.kernel - 1 - low) / ax.stride * ax.stride;
+                    for (int64_t f = phase; f < ax.fine;) {
+                        const int64_t last = f + (BLOCK - 1) * ax.stride;
+                        const bool whole = last < ax.fine && ax.inside(f, high) && ax.inside(last, low);
+                        if (whole) sum_taps<T, BLOCK>(to, rows, count, start, ax, f, C);
+                        else sum_taps<T, 1>(to, rows, count, start, ax, f, C);
+                        f += (whole ? BLOCK : 1) * ax.stride;
+                    }
+                }
+            }
+        }
+        delete[] rows;
+    }
+}
+
+// sums[thread][tap][channel] = sum over coarse voxels of coarse * the fine voxel that it sees through the tap
+template <typename T, int K, int STRIDE>
+void correlate(const typename T::Stored *fine, const typename T::Stored *coarse, double *sums, const Shape &s) {
+    typedef typename T::Number Number;
+    typedef typename T::Vector Vector;
+    constexpr int64_t P = K / 2;
+    constexpr int GROUP = K <= 5 ? K : 1; // rows of taps summed in registers at the same time
+    const int64_t C = s.channels, taps = s.kernel[0] * K * K, width = s.coarse[2];
+    const auto clip = [](int64_t v, int64_t most) { return v < 0 ? 0 : v > most ? most : v; };
+    // coarse voxels of a row whose taps all lie inside
+    const int64_t low = clip((P + STRIDE - 1) / STRIDE, width);
+    const int64_t beyond = s.fine[2] - (K - 1 - P);
+    const int64_t high = low + clip((beyond > 0 ? (beyond - 1) / STRIDE + 1 : 0) - low, width - low);
+#pragma omp parallel
+    {
+        double *own = sums + omp_get_thread_num() * taps * C;
+        Number *plane = new Number[taps * C];
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < s.n * s.coarse[0]; index++) {
+            const int64_t cz = index % s.coarse[0], n = index / s.coarse[0];
+            std::memset(plane, 0, taps * C * sizeof *plane);
+            for (int64_t cy = 0; cy < s.coarse[1]; cy++)
+                for (int64_t tz = 0; tz < s.kernel[0]; tz++) {
+                    const int64_t fz = cz * s.stride[0] + tz - s.kernel[0] / 2;
+                    if (fz < 0 || fz >= s.fine[0]) continue;
+                    for (int64_t first = 0; first < K; first += GROUP)
+                        for (int64_t c = 0; c < C; c += LANES) {
+                            const typename T::Stored *from = coarse + (index * s.coarse[1] + cy) * width * C + c;
+                            const typename T::Stored *rows[GROUP];
+                            bool inside[GROUP];
+                            for (int r = 0; r < GROUP; r++) { // a row outside reads one inside; its sum is thrown away
+                                const int64_t fy = cy * STRIDE + first + r - P, safe = clip(fy, s.fine[1] - 1);
+                                inside[r] = fy == safe;
+                                rows[r] = fine + ((n * s.fine[0] + fz) * s.fine[1] + safe) * s.fine[2] * C + c;
+                            }
+                            Vector acc[GROUP][K] = {};
+                            for (int64_t v = low; v < high; v++) {
+                                const Vector value = T::load(from + v * C);
+                                for (int r = 0; r < GROUP; r++)
+                                    for (int t = 0; t < K; t++)
+                                        acc[r][t] += value * T::load(rows[r] + (v * STRIDE + t - P) * C);
+                            }
+                            for (int64_t v = 0; v < width; v++) {
+                                if (v >= low && v < high) v = high; // summed above
+                                for (int t = 0; t < K && v < width; t++) {
+                                    const int64_t fx = v * STRIDE + t - P;
+                                    if (fx < 0 || fx >= s.fine[2]) continue;
+                                    for (int r = 0; r < GROUP; r++)
+                                        acc[r][t] += T::load(from + v * C) * T::load(rows[r] + fx * C);
+                                }
+                            }
+                            for (int r = 0; r < GROUP; r++)
+                                for (int t = 0; t < K && inside[r]; t++) {
+                                    Number *sum = plane + ((tz * K + first + r) * K + t) * C + c;
+                                    write(sum, read<Vector>(sum) + acc[r][t]);
+                                }
+                        }
+                }
+            for (int64_t i = 0; i < taps * C; i++) own[i] += plane[i];
+        }
+        delete[] plane;
+    }
+}
+
+// sums[thread][n][0 or 1][channel] = sum over voxels of x, of x * x
+template <typename T>
+void moments(const typename T::Stored *x, double *sums, const Shape &s) {
+    const int64_t C = s.channels, voxels = s.fine[0] * s.fine[1] * s.fine[2], tiles = (voxels + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static)
+    for (int64_t index = 0; index < s.n * tiles; index++) {
+        const int64_t n = index / tiles, from = index % tiles * TILE, upto = from + TILE < voxels ? from + TILE : voxels;
+        double *own = sums + (omp_get_thread_num() * s.n + n) * 2 * C;
+        for (int64_t c = 0; c < C; c += LANES) {
+            Doubles total = read<Doubles>(own + c), squares = read<Doubles>(own + C + c);
+            for (int64_t v = from; v < upto; v++) {
+                const Doubles value = __builtin_convertvector(T::load(x + (n * voxels + v) * C + c), Doubles);
+                total += value;
+                squares += value * value;
+            }
+            write(own + c, total);
+            write(own + C + c, squares);
+        }
+    }
+}
+
+template <typename T, int K>
+void correlate(const void *fine, const void *coarse, double *sums, const Shape &s) {
+    typedef const typename T::Stored *Pointer;
+    if (s.stride[2] == 1) correlate<T, K, 1>((Pointer)fine, (Pointer)coarse, sums, s);
+    else correlate<T, K, 2>((Pointer)fine, (Pointer)coarse, sums, s);
+}
+
+template <typename T>
+struct Run {
+    typedef const typename T::Stored *Pointer;
+    typedef const typename T::Number *Numbers;
+    static void transposed(const void *x, const void *weight, const void *bias, void *y, const Shape &s) {
+        ::transposed<T>((Pointer)x, (Numbers)weight, (Numbers)bias, (typename T::Stored *)y, s);
+    }
+    static void correlate(const void *fine, const void *coarse, double *sums, const Shape &s) {
+        if (s.kernel[2] == 3) ::correlate<T, 3>(fine, coarse, sums, s);
+        else if (s.kernel[2] == 5) ::correlate<T, 5>(fine, coarse, sums, s);
+        else ::correlate<T, 7>(fine, coarse, sums, s);
+    }
+    static void moments(const void *x, double *sums, const Shape &s) { ::moments<T>((Pointer)x, sums, s); }
+};
+
+} // namespace
+
+// The last argument of each is how tensors are stored: 0 float32, 1 float64, 2 bfloat16. Weights and biases are float64
+// with 1, else float32; `sums` begin as zeros, one part a thread.
+#define EACH(CALL)                    \
+    if (stored == 0) Run<F32>::CALL;  \
+    else if (stored == 1) Run<F64>::CALL; \
+    else Run<BF16>::CALL;
+
+extern "C" {
+
+int mednext_threads() { return omp_get_max_threads(); }
+
+void mednext_transposed(const void *x, const void *weight, const void *bias, void *y, const Shape *s, int stored) {
+    EACH(transposed(x, weight, bias, y, *s))
+}
+
+void mednext_correlate(const void *fine, const void *coarse, double *sums, const Shape *s, int stored) {
+    EACH(correlate(fine, coarse, sums, *s))
+}
+
+void mednext_moments(const void *x, double *sums, const Shape *s, int stored) { EACH(moments(x, sums, *s)) }
+}
