@@ -6,7 +6,6 @@ A case is a dictionary `{"case": name, "image": file or list of files (one a cha
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -248,16 +247,3 @@ def _case_of(path: Path, channels: int) -> str:
 def case_name(meta: dict, _saver: object = None) -> dict:
     """File name parts of a mask for MONAI's `SaveImaged(output_name_formatter=)`: the case, no patch index."""
     return {"subject": _case_of(Path(str(meta["filename_or_obj"])), 1), "idx": None}
-
-
-# ---- how it is loaded
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def workers(device: object = None) -> int:
-    """Loader processes: half of the cores up to 8; none where the network itself computes on the CPU and needs them."""
-    return 0 if "cpu" in str(device) else min(8, cores() // 2)

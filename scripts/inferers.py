@@ -13,6 +13,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 
 from .errors import UserError
+from .transforms import as_stored, decide, label_type
 
 ACTIVATIONS = {None: lambda logits: logits, "softmax": partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid}
 
@@ -35,6 +36,9 @@ class SlabSlidingWindowInferer(Inferer):
         tiles: whose windows and weights, see TILES.
         full_precision_gb: up to this size of the result it is stored in the input's precision, on its device;
             above it in float16 in RAM.
+        labels_early: keep labels instead of scores for a MetaTensor whose voxels are those of the file, turned or
+            cropped: `LabelsOnScanGridd` interpolates nothing there, and finds the same labels.
+        painted: the labels of overlapping regions, as for `LabelsOnScanGridd`.
 
     Raises:
         UserError: unknown `tiles`, or `mirror_axes` that a window does not have.
@@ -48,6 +52,8 @@ class SlabSlidingWindowInferer(Inferer):
         mirror_axes: Sequence[int] = (),
         tiles: str = "monai",
         full_precision_gb: float = 1.0,
+        labels_early: bool = False,
+        painted: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if tiles not in TILES:
@@ -58,12 +64,17 @@ class SlabSlidingWindowInferer(Inferer):
         self.roi_size, self.overlap, self.full_precision_gb = list(roi_size), overlap, full_precision_gb
         self.activate = ACTIVATIONS[activation]
         self.mirrors = [[a + 2 for a in c] for n in range(len(mirror_axes) + 1) for c in combinations(mirror_axes, n)]
-        self.windows, self.weights = TILES[tiles]
+        self.starts, self.weights = TILES[tiles]
+        self.labels_early, self.painted = labels_early, painted
 
     def __call__(self, inputs: torch.Tensor, network: Callable, *args, **kwargs) -> torch.Tensor:
-        """(N, C, *space) -> (N, classes, *space); `network` maps windows (1, C, *roi) to logits (1, classes, *roi)."""
+        """(N, C, *space) -> (N, classes, *space), or labels (N, 1, *space) where `labels_early` allows them.
+
+        `network` maps windows (1, C, *roi) to logits (1, classes, *roi).
+        """
+        store = self._labels if self.labels_early and as_stored(inputs) else self._scores
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        return torch.cat([self._one(image[None], partial(network, *args, **kwargs)) for image in plain])
+        return torch.cat([self._one(image[None], partial(network, *args, **kwargs), store) for image in plain])
 
     def _predict(self, window: torch.Tensor, network: Callable) -> torch.Tensor:
         """(1, C, *roi) -> (classes, *roi), in the window's precision, whatever the network's is."""
@@ -74,47 +85,64 @@ class SlabSlidingWindowInferer(Inferer):
             total = total + self.activate(logits).flip(axes)[0]
         return total / len(self.mirrors)
 
-    def _one(self, image: torch.Tensor, network: Callable) -> torch.Tensor:
+    def _scores(self, finished: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Where to keep the averages of a scan, (classes, *space); `finished` planes of it as they are kept."""
+        if finished is not None:
+            return finished
+        small = math.prod(shape) * 4 <= self.full_precision_gb * 1e9
+        device, dtype = (like.device, like.dtype) if small else ("cpu", torch.float16)
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    def _labels(self, finished: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        if finished is not None:
+            return decide(finished, self.painted)[None]
+        return torch.empty((1, *shape[1:]), dtype=label_type(shape[0], self.painted))
+
+    def _one(self, image: torch.Tensor, network: Callable, store: Callable) -> torch.Tensor:
         size = image.shape[2:]
         missing = [max(r - n, 0) for r, n in zip(self.roi_size, size, strict=True)]
         if any(missing):
             image = F.pad(image, [n for m in reversed(missing) for n in (m // 2, m - m // 2)])
         padded = image.shape[2:]
-        windows = self.windows(padded, self.roi_size, self.overlap)
+        starts = [self.starts(n, r, self.overlap) for n, r in zip(padded, self.roi_size, strict=True)]
+        in_plane = [
+            tuple(slice(a, a + r) for a, r in zip(at, self.roi_size[1:], strict=True)) for at in product(*starts[1:])
+        ]
         weight = self.weights(self.roi_size).to(image)
-
         rows = self.roi_size[0]
+        layer = weight.new_zeros((rows, *padded[1:]))  # what all windows with the same first planes weigh
+        for window in in_plane:
+            layer[(slice(None), *window)] += weight
+
         done = 0  # planes that are stored
-        result = sums = weights = None
-        for number, window in enumerate(windows):
-            scores = self._predict(image[(slice(None), slice(None), *window)], network)
-            if result is None:
-                small = scores.shape[0] * padded.numel() * 4 <= self.full_precision_gb * 1e9
-                device, dtype = (image.device, image.dtype) if small else ("cpu", torch.float16)
-                result = torch.empty((scores.shape[0], *padded), device=device, dtype=dtype)
-                sums = image.new_zeros((scores.shape[0], rows, *padded[1:]))
-                weights = weight.new_zeros((rows, *padded[1:]))
-            sums[(slice(None), slice(None), *window[1:])] += scores * weight
-            weights[(slice(None), *window[1:])] += weight
-            following = windows[number + 1][0].start if number + 1 < len(windows) else padded[0]
+        result = sums = None
+        weights = torch.zeros_like(layer)
+        for first, following in zip(starts[0], [*starts[0][1:], padded[0]], strict=True):
+            for window in in_plane:
+                scores = self._predict(image[(slice(None), slice(None), slice(first, first + rows), *window)], network)
+                if result is None:
+                    sums = image.new_zeros((scores.shape[0], rows, *padded[1:]))
+                    result = store(None, (scores.shape[0], *padded), image)
+                sums[(slice(None), slice(None), *window)].addcmul_(scores, weight)
+            weights += layer
             finished = min(following - done, rows)
-            if finished:
-                result[:, done : done + finished] = (sums[:, :finished] / weights[:finished]).to(result)
-                for rolling in (sums.movedim(1, 0), weights):
-                    rolling[: rows - finished] = rolling[finished:].clone()
-                    rolling[rows - finished :] = 0
-                done += finished
+            means = sums[:, :finished].div_(weights[:finished])
+            result[:, done : done + finished] = store(means, (), image).to(result)
+            for rolling in (sums.movedim(1, 0), weights):
+                rolling[: rows - finished] = rolling[finished:].clone()
+                rolling[rows - finished :] = 0
+            done += finished
         low = [m // 2 for m in missing]
         return result[(None, slice(None), *(slice(a, a + n) for a, n in zip(low, size, strict=True)))]
 
 
-# ---- windows of a padded scan, in the order of their first plane, and the weights of a window's voxels
+# ---- where windows of r voxels begin along an axis of n, in rising order, and the weights of a window's voxels
 
 
-def monai_windows(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
+def monai_starts(n: int, r: int, overlap: float) -> list[int]:
     """A fixed stride; the last window is shifted back into the scan."""
-    steps = [r if r == n else max(int(r * (1 - overlap)), 1) for r, n in zip(roi_size, size, strict=True)]
-    return sorted(dense_patch_slices(size, roi_size, steps), key=lambda window: window[0].start)
+    step = r if r == n else max(int(r * (1 - overlap)), 1)
+    return sorted({window[0].start for window in dense_patch_slices([n], [r], [step])})
 
 
 def monai_weights(roi_size: Sequence[int]) -> torch.Tensor:
@@ -122,16 +150,13 @@ def monai_weights(roi_size: Sequence[int]) -> torch.Tensor:
     return compute_importance_map(tuple(roi_size), mode="gaussian", dtype=torch.float64)
 
 
-def nnunet_windows(size: Sequence[int], roi_size: Sequence[int], overlap: float) -> list[tuple[slice, ...]]:
+def nnunet_starts(n: int, r: int, overlap: float) -> list[int]:
     """As few as leave no gap wider than the stride, evenly spaced and rounded.
 
     Source: MIC-DKFZ/MedNeXt, network_architecture/neural_network.py, `_compute_steps_for_sliding_window`.
     """
-    starts = []
-    for n, r in zip(size, roi_size, strict=True):
-        count = math.ceil((n - r) / max(r * (1 - overlap), 1)) + 1
-        starts.append([round((n - r) / max(count - 1, 1) * i) for i in range(count)])
-    return [tuple(slice(a, a + r) for a, r in zip(start, roi_size, strict=True)) for start in product(*starts)]
+    count = math.ceil((n - r) / max(r * (1 - overlap), 1)) + 1
+    return [round((n - r) / max(count - 1, 1) * i) for i in range(count)]
 
 
 def nnunet_weights(roi_size: Sequence[int]) -> torch.Tensor:
@@ -143,4 +168,4 @@ def nnunet_weights(roi_size: Sequence[int]) -> torch.Tensor:
     return sum(-axis.square() / 2 for axis in axes).exp()
 
 
-TILES = {"monai": (monai_windows, monai_weights), "nnunet": (nnunet_windows, nnunet_weights)}
+TILES = {"monai": (monai_starts, monai_weights), "nnunet": (nnunet_starts, nnunet_weights)}

@@ -85,7 +85,7 @@ class Predictor:
         with _unwrapped(), torch.inference_mode():
             case = self._prepared(image, affine)
             with torch.autocast(self.device.type, enabled=self.amp, **self.amp_kwargs):
-                scores = self.inferer(case["image"].as_tensor()[None].to(self.device), self.network)[0]
+                scores = self.inferer(case["image"][None].to(self.device), self.network)[0]
             return self.to_memory({**case, "pred": scores})["pred"][0].numpy()
 
     def _prepared(self, image: object, affine: np.ndarray | None) -> dict:

@@ -31,9 +31,10 @@ from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from .data import cores, image_files
+from .data import image_files
 from .errors import UserError, first_cause
 from .files import remembered, write_whole
+from .host import cores
 from .identity import description, digest, file_digest, versions
 
 # bytes a voxel while it is resampled, and for each channel (docs/benchmarks/preprocessing_2-core-cpu_2026-11-21.md)

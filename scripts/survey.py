@@ -15,9 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .checks import check_image, check_label, check_same_grid
-from .data import cases, channel_names, image_files, workers
+from .data import cases, channel_names, image_files
 from .errors import UserError
 from .files import remembered, write_whole
+from .host import workers
 from .labels import read as read_labels
 from .labels import stored
 from .nifti import read

@@ -7,11 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from scipy.ndimage import gaussian_filter
 
 from scripts.errors import UserError
-from scripts.inferers import SlabSlidingWindowInferer, nnunet_weights, nnunet_windows
+from scripts.inferers import SlabSlidingWindowInferer, nnunet_starts, nnunet_weights
+from scripts.transforms import LabelsOnScanGridd
 
 ROI = (16, 16, 16)
 
@@ -53,6 +55,40 @@ def test_large_results_are_half_precision_roundings_of_the_small_ones():
     assert torch.equal(half, full.half())
 
 
+class TestLabelsEarly:
+    """Labels are decided plane by plane where nothing is resampled afterwards, and are the same labels."""
+
+    @staticmethod
+    def scan_of(affine: np.ndarray, stored: np.ndarray, shape=(40, 33, 21)) -> MetaTensor:
+        meta = {"original_affine": stored, "spatial_shape": np.array(shape)}
+        return MetaTensor(scan(*shape)[0].float(), affine=affine, meta=meta)
+
+    @pytest.mark.parametrize("painted", [None, (1, 300, 2)])
+    @pytest.mark.parametrize("tiles", ["monai", "nnunet"])
+    def test_a_flipped_and_cropped_scan_gets_the_labels_of_its_scores(self, tiles, painted):
+        stored = np.array([[0, 2.0, 0, 5], [-2.0, 0, 0, 3], [0, 0, 3.0, 1], [0, 0, 0, 1]])
+        turned = stored @ np.array([[0, 1, 0, 3], [-1, 0, 0, 38], [0, 0, 1, 2], [0, 0, 0, 1.0]])
+        image = self.scan_of(turned, stored, (33, 38, 19))
+        image.meta["spatial_shape"] = np.array([40, 40, 24])
+        back = LabelsOnScanGridd("pred", painted=painted)
+        options = {"activation": "softmax" if painted is None else "sigmoid", "tiles": tiles, "painted": painted}
+        scores = SlabSlidingWindowInferer(ROI, **options)(image[None], network)[0]
+        labels = SlabSlidingWindowInferer(ROI, labels_early=True, **options)(image[None], network)[0]
+        assert scores.dtype == torch.float32
+        assert scores.shape == (3, 33, 38, 19)
+        assert labels.dtype == (torch.uint8 if painted is None else torch.int16)
+        assert labels.shape == (1, 33, 38, 19)
+        expected, found = (back({"image": image, "pred": pred})["pred"] for pred in (scores, labels))
+        assert len(expected.unique()) > 2
+        assert torch.equal(found, expected)
+
+    def test_a_scan_that_was_resampled_keeps_its_scores(self):
+        inferer = SlabSlidingWindowInferer(ROI, activation="softmax", labels_early=True)
+        resampled = self.scan_of(np.diag([1.0, 1, 1, 1]), np.diag([0.8, 0.8, 1, 1]))
+        assert inferer(resampled[None], network).shape == (1, 3, 40, 33, 21)
+        assert inferer(resampled[None].as_tensor(), network).shape == (1, 3, 40, 33, 21)
+
+
 class TestNnunetTiles:
     """Positions and weights of nnU-Net v1."""
 
@@ -68,8 +104,7 @@ class TestNnunetTiles:
         ],
     )
     def test_starts_are_evenly_spaced_and_rounded(self, size, roi, starts):
-        found = [(window[0].start, window[0].stop) for window in nnunet_windows([size], [roi], 0.5)]
-        assert found == [(start, start + roi) for start in starts]
+        assert nnunet_starts(size, roi, 0.5) == starts
 
     @pytest.mark.parametrize("roi", [(16, 16, 16), (15, 32, 9), (48, 20)])
     def test_weights_are_a_smoothed_point_at_the_centre(self, roi):

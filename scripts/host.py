@@ -1,0 +1,54 @@
+"""The computer that a process runs on: its cores, and what torch is told before it computes on them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
+
+
+def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """That this process may use: its affinity, and a container's share of time, rounded up.
+
+    Args:
+        groups: where Linux tells that share.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
+        try:
+            quota, period = " ".join((groups / name).read_text() for name in names).split()
+            found = min(found, math.ceil(int(quota) / int(period))) if quota not in ("max", "-1") else found
+        except (OSError, ValueError):
+            continue
+    return max(found, 1)
+
+
+def workers(device: object = None) -> int:
+    """Loader processes: half of the cores up to 8; none where the network itself computes on the CPU and needs them."""
+    return 0 if "cpu" in str(device) else min(8, cores() // 2)
+
+
+def settle(device: str | torch.device) -> None:
+    """Defaults of a process that computes on a CPU; for other devices, and where they do not exist, nothing happens.
+
+    - As many threads as there are cores for it, where OMP_NUM_THREADS does not say otherwise.
+    - Denormal numbers count as zero: to be called before anything was computed, since threads that run already keep
+      theirs as it was.
+    - Memory that was freed is kept for the next tensors instead of being returned to the system, which would hand it
+      out again page by page (glibc only).
+    """
+    if torch.device(device).type != "cpu":
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores())
+    torch.set_flush_denormal(True)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
