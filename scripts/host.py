@@ -45,7 +45,7 @@ def settle(device: str | torch.device) -> None:
     """
     if torch.device(device).type != "cpu":
         return
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(cores())
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
