@@ -12,7 +12,9 @@ products are bfloat16; weights stay as they are and get their gradients in their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import time
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -59,8 +61,8 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
-def _helper(x: torch.Tensor, weight: torch.Tensor) -> ModuleType:
-    return native if native.suits(x, weight.shape[-1]) else composed
+def _helper(x: torch.Tensor, edge: int = 3) -> ModuleType:
+    return native if native.suits(x, edge) else composed
 
 
 # ---- depthwise convolution
@@ -80,7 +82,7 @@ class _Depthwise(torch.autograd.Function):
         ctx.stride, ctx.transposed, ctx.bias_dtype = stride, transposed, bias.dtype
         if transposed:
             size = [stride * (n - 1) + 1 for n in x.shape[2:]]
-            return _helper(x, weight).transposed(x, weight, bias, stride, size)
+            return _helper(x, weight.shape[-1]).transposed(x, weight, bias, stride, size)
         return _convolve(x, weight, bias, stride)
 
     @staticmethod
@@ -89,7 +91,7 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride = ctx.stride
         g = _channels_last(g)
-        helper = _helper(x, weight)
+        helper = _helper(x, weight.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             if ctx.transposed:
@@ -144,41 +146,30 @@ def _tiles(voxels: int, hidden: torch.Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows))
 
 
-class _Buffers:
-    """(rows, channels) of scratch memory, as many as there are channels, for the tiles of one call."""
-
-    def __init__(self, like: torch.Tensor, rows: int, channels: Sequence[int]) -> None:
-        self.whole = [like.new_empty(rows, n) for n in channels]
-
-    def __call__(self, tile: slice) -> list[torch.Tensor]:
-        return [buffer[: tile.stop - tile.start] for buffer in self.whole]
-
-
 class _Expansion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, gamma, beta, eps, w1, b1, w2, b2, residual):
         wide = torch.promote_types(y.dtype, torch.float32)
-        mean, variance = (native if native.suits(y, 3) else composed).moments(y)
+        mean, variance = _helper(y).moments(y)
         rstd = torch.rsqrt(variance + eps)
         scale, shift = rstd.to(wide), (-mean * rstd).to(wide)  # (N, C): z = y * scale + shift
         ctx.save_for_backward(y, gamma, beta, w1, b1, w2, scale, shift)
         ctx.has_residual = residual is not None
 
         first, start = (t.to(y.dtype) for t in _folded(gamma, beta, w1, b1, wide))
-        second, b2 = w2.to(y.dtype).t(), b2.to(y.dtype)
+        second, b2 = w2.to(y.dtype), b2.to(y.dtype)
         out = torch.empty((len(y), len(w2), *y.shape[2:]), dtype=y.dtype, memory_format=CHANNELS_LAST[y.dim()])
         residual = residual if residual is None else _rows(residual)
         tiles = list(_tiles(_rows(y).shape[1], first))
-        buffers = _Buffers(y, tiles[0].stop, (first.shape[1], len(first)))
+        z_buffer = y.new_empty(tiles[0].stop, first.shape[1])
         for n, (rows, made) in enumerate(zip(_rows(y), _rows(out), strict=True)):
             for tile in tiles:
-                z, hidden = buffers(tile)
-                torch.addcmul(shift[n], rows[tile], scale[n], out=z)
-                torch.ops.aten.gelu_(torch.addmm(start, z, first.t(), out=hidden))
+                z = torch.addcmul(shift[n], rows[tile], scale[n], out=z_buffer[: tile.stop - tile.start])
+                product = _linear(torch.ops.aten.gelu_(_linear(z, first, start)), second, b2)
                 if residual is None:
-                    torch.addmm(b2, hidden, second, out=made[tile])
+                    made[tile] = product
                 else:
-                    torch.add(residual[n, tile], b2, out=made[tile]).addmm_(hidden, second)
+                    torch.add(residual[n, tile], product, out=made[tile])
         return out
 
     @staticmethod
@@ -188,35 +179,32 @@ class _Expansion(torch.autograd.Function):
         g = _channels_last(g)
         first_wide, start = _folded(gamma, beta, w1, b1, scale.dtype)
         first, start, second = first_wide.to(y.dtype), start.to(y.dtype), w2.to(y.dtype)
+        first_back, second_back = first.t().contiguous(), second.t().contiguous()
         dfirst, dstart = (scale.new_zeros(len(y), *t.shape) for t in (first, start))  # of each case
         dw2, db2 = scale.new_zeros(w2.shape), scale.new_zeros(len(w2))
         dy = torch.empty_like(y)
         voxels = _rows(y).shape[1]
         tiles = list(_tiles(voxels, first))
-        buffers = _Buffers(y, tiles[0].stop, (first.shape[1], len(first), len(first), len(first)))
-        exact = _Buffers(scale, tiles[0].stop, (first.shape[1],))
+        z_buffer, total_buffer = (t.new_empty(tiles[0].stop, first.shape[1]) for t in (y, scale))
         for n, (rows, grads, made) in enumerate(zip(_rows(y), _rows(g), _rows(dy), strict=True)):
             for tile in tiles:
-                z, before, hidden, dhidden = buffers(tile)
-                grad = grads[tile]
-                torch.addcmul(shift[n], rows[tile], scale[n], out=z)
-                torch.addmm(start, z, first.t(), out=before)
-                torch.ops.aten.gelu.out(before, out=hidden)
-                _add_product(dw2, grad.t(), hidden)
-                db2 += grad.sum(0, dtype=db2.dtype)
-                torch.mm(grad, second, out=dhidden)
-                torch.ops.aten.gelu_backward.grad_input(dhidden, before, grad_input=hidden)
-                torch.mm(hidden, first, out=made[tile])  # gradient of z, until the norm's sums are known
-                _add_product(dfirst[n], hidden.t(), z)
-                dstart[n] += hidden.sum(0, dtype=dstart.dtype)
+                z = torch.addcmul(shift[n], rows[tile], scale[n], out=z_buffer[: tile.stop - tile.start])
+                hidden, dhidden = _linear(z, first, start), _linear(grads[tile], second_back)
+                torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
+                torch.ops.aten.gelu_(hidden)
+                dw2 += _product(grads[tile], hidden)
+                db2 += grads[tile].sum(0, dtype=db2.dtype)
+                dfirst[n] += dhidden.t() @ z  # slower than `_product` and more exact, which gamma's gradient needs
+                dstart[n] += dhidden.sum(0, dtype=dstart.dtype)
+                made[tile] = _linear(dhidden, first_back)  # gradient of z, until the norm's sums are known
             # the norm's backward pass needs, of the gradient of z, the means of it and of it times z
             means = (dstart[n] @ first_wide / voxels, (dfirst[n] * first_wide).sum(0) / voxels)
             along = -scale[n] * means[1]
             constant = along * shift[n] - scale[n] * means[0]
             for tile in tiles:
-                (total,) = exact(tile)
+                total = total_buffer[: tile.stop - tile.start]
                 torch.addcmul(constant, rows[tile], along * scale[n], out=total)
-                made[tile] = total.addcmul_(made[tile], scale[n])
+                torch.addcmul(total, made[tile], scale[n], out=made[tile])
         dfirst, dstart = dfirst.sum(0), dstart.sum(0)
         grads = (
             (dfirst * w1).sum(0).to(gamma.dtype),
@@ -236,12 +224,31 @@ def _folded(gamma: torch.Tensor, beta: torch.Tensor, w1: torch.Tensor, b1: torch
     return w1 * gamma, b1 + w1 @ beta
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b; the total may be wider than its factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _image(rows: torch.Tensor) -> torch.Tensor:
+    """(rows, C) as (1, C, rows, 1), channels-last, of the same memory."""
+    return rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
+
+
+def _as_convolution(rows: torch.Tensor) -> bool:
+    """Whether products with rows (rows, C) are 1x1 convolutions: those are oneDNN's, which uses AVX512 on every
+    processor that has it, where MKL's matrix products do on Intel's alone."""
+    return rows.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """rows (rows, C) @ weight (K, C).T + bias (K,), contiguous."""
+    if not _as_convolution(rows):
+        return F.linear(rows, weight, bias)
+    return F.conv2d(_image(rows), weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(len(rows), -1)
+
+
+def _product(g: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """g (rows, K).T @ rows (rows, C): the gradient of the weights of `_linear` that made of rows what g belongs to."""
+    if not _as_convolution(rows):
+        return g.t() @ rows
+    like, none = rows.new_empty(g.shape[1], rows.shape[1], 1, 1), [0, 0]
+    args = (None, [1, 1], none, [1, 1], False, none, 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(_image(g), _image(rows), like, *args)[1][:, :, 0, 0]
 
 
 # ---- 1x1x1 convolutions
@@ -250,3 +257,26 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1x1 convolution, (N, C, *space) -> (N, K, *space), channels-last; weight (K, C)."""
     return F.linear(_plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+# ---- precision
+
+
+@functools.cache
+def bfloat16_pays() -> bool:
+    """Whether this processor takes at most 3/4 of the time in bfloat16 for a block of 32 channels; measured once.
+
+    Processors with AVX512-BF16 or AMX do; others emulate it.
+    """
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, row = torch.ones(1, 32, 32, 32, 32, dtype=dtype), torch.ones(32)
+        square = torch.ones(64, 32, 1, 1, 1)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            y = depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
+            expansion(y, row, row, 1e-5, square, torch.ones(64), square.transpose(0, 1), row, x)
+            seconds.append(time.perf_counter() - start)
+        fastest[dtype] = min(seconds)
+    return fastest[torch.bfloat16] < 0.75 * fastest[torch.float32]

@@ -1,4 +1,4 @@
-"""`depthwise.cpp`, compiled for this machine's processor when it is first needed, and kept in the user's cache.
+"""`native.cpp`, compiled for this machine's processor when it is first needed, and kept in the user's cache.
 
 Compiling takes the C++ compiler that is there (`CXX`, else g++, c++ or clang++) a few seconds, once. Where there is
 none, or it fails, `library` says so and `cpu` does without. The code runs in the OpenMP threads of PyTorch.
@@ -21,7 +21,7 @@ import torch
 
 from .reference import CHANNELS_LAST
 
-SOURCE = Path(__file__).with_name("depthwise.cpp")
+SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++14", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-Wno-psabi"]
 LANES = 16  # channels of a vector
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, FLAGS), _processor()]))
-        file = _cache() / f"depthwise-{key.hexdigest()[:16]}.so"
+        file = _cache() / f"native-{key.hexdigest()[:16]}.so"
         if not file.exists():
             _compile(compiler, file)
         return ctypes.CDLL(str(file))
@@ -92,7 +92,7 @@ def _cache() -> Path:
 
 def _compile(compiler: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = [str(Path(folder) / name) for name in ("depthwise.o", "depthwise.so")]
+        made = [str(Path(folder) / name) for name in ("native.o", "native.so")]
         # linked without -fopenmp, so that the OpenMP already in the process is used: PyTorch's, and its threads
         for command in ([*FLAGS, "-c", str(SOURCE), "-o", made[0]], ["-shared", made[0], "-o", made[1]]):
             subprocess.run([compiler, *command], capture_output=True, check=True)
