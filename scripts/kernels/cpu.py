@@ -165,7 +165,7 @@ class _Expansion(torch.autograd.Function):
         for n, (rows, made) in enumerate(zip(_rows(y), _rows(out), strict=True)):
             for tile in tiles:
                 z = torch.addcmul(shift[n], rows[tile], scale[n], out=z_buffer[: tile.stop - tile.start])
-                product = _linear(torch.ops.aten.gelu_(_linear(z, first, start)), second, b2)
+                product = linear(torch.ops.aten.gelu_(linear(z, first, start)), second, b2)
                 if residual is None:
                     made[tile] = product
                 else:
@@ -189,14 +189,14 @@ class _Expansion(torch.autograd.Function):
         for n, (rows, grads, made) in enumerate(zip(_rows(y), _rows(g), _rows(dy), strict=True)):
             for tile in tiles:
                 z = torch.addcmul(shift[n], rows[tile], scale[n], out=z_buffer[: tile.stop - tile.start])
-                hidden, dhidden = _linear(z, first, start), _linear(grads[tile], second_back)
+                hidden, dhidden = linear(z, first, start), linear(grads[tile], second_back)
                 torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
                 torch.ops.aten.gelu_(hidden)
                 dw2 += _product(grads[tile], hidden)
                 db2 += grads[tile].sum(0, dtype=db2.dtype)
                 dfirst[n] += dhidden.t() @ z  # slower than `_product` and more exact, which gamma's gradient needs
                 dstart[n] += dhidden.sum(0, dtype=dstart.dtype)
-                made[tile] = _linear(dhidden, first_back)  # gradient of z, until the norm's sums are known
+                made[tile] = linear(dhidden, first_back)  # gradient of z, until the norm's sums are known
             # the norm's backward pass needs, of the gradient of z, the means of it and of it times z
             means = (dstart[n] @ first_wide / voxels, (dfirst[n] * first_wide).sum(0) / voxels)
             along = -scale[n] * means[1]
@@ -235,7 +235,7 @@ def _as_convolution(rows: torch.Tensor) -> bool:
     return rows.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """rows (rows, C) @ weight (K, C).T + bias (K,), contiguous."""
     if not _as_convolution(rows):
         return F.linear(rows, weight, bias)
