@@ -87,17 +87,15 @@ class SlabSlidingWindowInferer(Inferer):
 
     def _predict(self, window: torch.Tensor, network: Callable) -> torch.Tensor:
         """(1, C, *roi) -> (classes, *roi), in the window's precision, whatever the network's is."""
-        total, flat = 0, self.roi_size[-1] == 1
-        halved = (
-            torch.autocast("cpu", torch.bfloat16) if window.device.type == "cpu" and self.halves() else nullcontext()
-        )
+        flat, total = self.roi_size[-1] == 1, None
+        halved = window.device.type == "cpu" and self.halves()
         for axes in self.mirrors:
-            shown = window.flip(axes)
-            with halved:
+            shown = window.flip(axes) if axes else window
+            with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
                 logits = network(shown[..., 0])[..., None] if flat else network(shown)
-            logits = logits.to(window.dtype)
-            total = total + self.activate(logits).flip(axes)[0]
-        return total / len(self.mirrors)
+            scores = self.activate(logits.to(window.dtype))
+            total = scores if total is None else total + scores.flip(axes)
+        return (total / len(self.mirrors) if self.mirrors[1:] else total)[0]
 
     def _scores(self, finished: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         """Where to keep the averages of a scan, (classes, *space); `finished` planes of it as they are kept."""

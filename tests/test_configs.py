@@ -79,6 +79,7 @@ def test_shared_settings_and_definitions_have_the_same_text():
         "device",
         "amp",
         "amp_kwargs",
+        "compile",
         "activation",
         "overlap",
         "tiles",
@@ -86,6 +87,14 @@ def test_shared_settings_and_definitions_have_the_same_text():
     ):
         assert json.dumps(train[key]) == json.dumps(inference[key]), key
     assert train["validate"]["inferer"] == inference["inferer"]
+
+
+def test_compiling_is_off_and_one_switch_away(phantom_dir, tmp_path):
+    options = {"dataset_dir": str(phantom_dir), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
+    for switch in (False, True):
+        network = workflow(["inference"], "infer", compile=switch, **options).parser.get_parsed_content("network_def")
+        assert (network._compiled_call_impl is not None) == switch
+        assert "stem.weight" in network.state_dict()
 
 
 @pytest.mark.parametrize("name", ["evaluate", "inference"])

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from scripts.errors import UserError
 from scripts.inferers import SlabSlidingWindowInferer, nnunet_starts, nnunet_weights
+from scripts.kernels.cpu import bfloat16_pays
 from scripts.transforms import LabelsOnScanGridd
 
 ROI = (16, 16, 16)
@@ -184,6 +185,7 @@ class TestAveraging:
     ("options", "message"),
     [
         ({"tiles": "nnU-Net"}, "tiles is 'nnU-Net'; expected one of monai, nnunet"),
+        ({"cpu_precision": "half"}, "cpu_precision is 'half'; expected one of auto, float32, bfloat16"),
         ({"mirror_axes": [1, 3]}, r"mirror_axes is \[1, 3\]; expected some of 0, 1, 2, each once"),
         ({"mirror_axes": [0, 0]}, r"mirror_axes is \[0, 0\]; expected some of 0, 1, 2, each once"),
     ],
@@ -191,6 +193,22 @@ class TestAveraging:
 def test_a_setting_that_cannot_be_is_named(options, message):
     with pytest.raises(UserError, match=message):
         SlabSlidingWindowInferer(ROI, **options)
+
+
+@pytest.mark.parametrize(("precision", "half"), [("float32", False), ("bfloat16", True), ("auto", bfloat16_pays())])
+def test_the_precision_on_a_cpu_is_the_chosen_one_and_averages_are_float32(precision, half):
+    seen = set()
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.add((torch.is_autocast_enabled("cpu"), x.dtype))
+        return torch.nn.functional.conv3d(x, torch.ones(2, 1, 1, 1, 1))
+
+    found = SlabSlidingWindowInferer(ROI, cpu_precision=precision, activation="softmax")(
+        scan(20, 20, 20).float(), network
+    )
+    assert seen == {(half, torch.float32)}
+    assert found.dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("tiles", ["monai", "nnunet"])

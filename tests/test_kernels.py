@@ -240,6 +240,14 @@ def test_autocast_computes_in_bfloat16_and_gives_gradients_of_the_weights_own_pr
     torch.testing.assert_close(y.float(), block(x), rtol=0.02, atol=0.02)
 
 
+def test_whether_bfloat16_pays_is_measured_once_and_draws_no_random_numbers():
+    cpu.bfloat16_pays.cache_clear()
+    before = torch.get_rng_state()
+    assert cpu.bfloat16_pays() in (False, True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert cpu.bfloat16_pays.cache_info().currsize == 1
+
+
 # ---- what it costs
 
 
