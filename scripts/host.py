@@ -38,16 +38,16 @@ def settle(device: str | torch.device) -> None:
     """Defaults of a process that computes on a CPU; for other devices, and where they do not exist, nothing happens.
 
     - As many threads as there are cores for it, where OMP_NUM_THREADS does not say otherwise.
-    - Denormal numbers count as zero: to be called before anything was computed, since threads that run already keep
-      theirs as it was.
     - Memory that was freed is kept for the next tensors instead of being returned to the system, which would hand it
       out again page by page (glibc only).
+
+    Denormal numbers stay what they are: with `torch.set_flush_denormal(True)` SciPy's k-d tree, which the surface
+    distances of scoring need, overflows the stack (SciPy 1.15.3).
     """
     if torch.device(device).type != "cpu":
         return
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(cores())
-    torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)

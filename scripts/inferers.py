@@ -81,9 +81,9 @@ class SlabSlidingWindowInferer(Inferer):
 
         `network` maps windows (1, C, *roi) to logits (1, classes, *roi).
         """
-        store = self._labels if self.labels_early and as_stored(inputs) else self._scores
+        early = self.labels_early and as_stored(inputs)
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        return torch.cat([self._one(image[None], partial(network, *args, **kwargs), store) for image in plain])
+        return torch.cat([self._one(image[None], partial(network, *args, **kwargs), early) for image in plain])
 
     def _predict(self, window: torch.Tensor, network: Callable) -> torch.Tensor:
         """(1, C, *roi) -> (classes, *roi), in the window's precision, whatever the network's is."""
@@ -97,20 +97,15 @@ class SlabSlidingWindowInferer(Inferer):
             total = scores if total is None else total + scores.flip(axes)
         return (total / len(self.mirrors) if self.mirrors[1:] else total)[0]
 
-    def _scores(self, finished: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Where to keep the averages of a scan, (classes, *space); `finished` planes of it as they are kept."""
-        if finished is not None:
-            return finished
+    def _room(self, shape: Sequence[int], like: torch.Tensor, early: bool) -> torch.Tensor:
+        """Where to keep what becomes of a scan's scores (classes, *space)."""
+        if early:
+            return torch.empty((1, *shape[1:]), dtype=label_type(shape[0], self.painted))
         small = math.prod(shape) * 4 <= self.full_precision_gb * 1e9
         device, dtype = (like.device, like.dtype) if small else ("cpu", torch.float16)
         return torch.empty(shape, device=device, dtype=dtype)
 
-    def _labels(self, finished: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        if finished is not None:
-            return decide(finished, self.painted)[None]
-        return torch.empty((1, *shape[1:]), dtype=label_type(shape[0], self.painted))
-
-    def _one(self, image: torch.Tensor, network: Callable, store: Callable) -> torch.Tensor:
+    def _one(self, image: torch.Tensor, network: Callable, early: bool) -> torch.Tensor:
         size = image.shape[2:]
         missing = [max(r - n, 0) for r, n in zip(self.roi_size, size, strict=True)]
         if any(missing):
@@ -134,12 +129,13 @@ class SlabSlidingWindowInferer(Inferer):
                 scores = self._predict(image[(slice(None), slice(None), slice(first, first + rows), *window)], network)
                 if result is None:
                     sums = image.new_zeros((scores.shape[0], rows, *padded[1:]))
-                    result = store(None, (scores.shape[0], *padded), image)
+                    result = self._room((scores.shape[0], *padded), image, early)
                 sums[(slice(None), slice(None), *window)].addcmul_(scores, weight)
             weights += layer
             finished = min(following - done, rows)
             means = sums[:, :finished].div_(weights[:finished])
-            result[:, done : done + finished] = store(means, (), image).to(result)
+            kept = decide(means, self.painted)[None] if early else means
+            result[:, done : done + finished] = kept.to(result)
             for rolling in (sums.movedim(1, 0), weights):
                 rolling[: rows - finished] = rolling[finished:].clone()
                 rolling[rows - finished :] = 0

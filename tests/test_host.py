@@ -33,10 +33,8 @@ def test_a_network_on_the_cpu_gets_all_cores():
 SETTLED = """
 import os, torch
 from scripts.host import settle
-settle("cuda")
-assert not torch.full((8,), 1e-39).mul(1).eq(0).any()
 settle("cpu")
-print(torch.get_num_threads(), torch.full((2**20,), 1e-39).mul(1).eq(0).all().item())
+print(torch.get_num_threads())
 faults = lambda: int(open("/proc/self/stat").read().rsplit(") ")[-1].split()[7])
 for _ in range(2):
     torch.zeros(2**24)
@@ -44,6 +42,9 @@ before = faults()
 for _ in range(8):
     torch.zeros(2**24)
 print(faults() - before < 2**24 * 4 * 8 / 4096 / 10)
+import numpy as np
+from scipy.spatial import KDTree
+KDTree(np.random.default_rng(0).integers(0, 20, (5000, 3)))  # crashes where denormal numbers are flushed
 """
 
 
@@ -54,10 +55,9 @@ def settled(**environment):
     return done.stdout.split()
 
 
-def test_denormal_numbers_are_zero_in_all_threads_and_freed_memory_is_kept():
-    threads, zero, kept = settled(OMP_NUM_THREADS="")
+def test_all_cores_compute_and_freed_memory_is_kept():
+    threads, kept = settled(OMP_NUM_THREADS="")
     assert int(threads) == cores()
-    assert zero == "True"
     if sys.platform == "linux":
         assert kept == "True"
 

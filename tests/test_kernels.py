@@ -240,12 +240,18 @@ def test_autocast_computes_in_bfloat16_and_gives_gradients_of_the_weights_own_pr
     torch.testing.assert_close(y.float(), block(x), rtol=0.02, atol=0.02)
 
 
-def test_whether_bfloat16_pays_is_measured_once_and_draws_no_random_numbers():
-    cpu.bfloat16_pays.cache_clear()
+def test_whether_bfloat16_pays_is_measured_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = torch.get_rng_state()
-    assert cpu.bfloat16_pays() in (False, True)
+    cpu.bfloat16_pays.cache_clear()
+    measured = cpu.bfloat16_pays()
     assert torch.equal(torch.get_rng_state(), before)
-    assert cpu.bfloat16_pays.cache_info().currsize == 1
+    (file,) = (tmp_path / "mednext").glob("bfloat16-*")
+    assert file.read_text() == str(measured)
+    file.write_text(str(not measured))
+    cpu.bfloat16_pays.cache_clear()
+    assert cpu.bfloat16_pays() == (not measured)
+    cpu.bfloat16_pays.cache_clear()
 
 
 # ---- what it costs

@@ -52,8 +52,8 @@ def library() -> ctypes.CDLL:
         raise UnavailableError("no C++ compiler (CXX, g++, c++, clang++) was found")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, FLAGS), _processor()]))
-        file = _cache() / f"native-{key.hexdigest()[:16]}.so"
+        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, FLAGS), processor()]))
+        file = cache() / f"native-{key.hexdigest()[:16]}.so"
         if not file.exists():
             _compile(compiler, file)
         return ctypes.CDLL(str(file))
@@ -72,7 +72,7 @@ def available() -> bool:
     return True
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """Tells processors apart, since a home directory may be shared by several."""
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text().splitlines() if flags.exists() else []
@@ -81,8 +81,12 @@ def _processor() -> bytes:
     ).encode()
 
 
-def _cache() -> Path:
-    """A folder that nobody else writes to."""
+def cache() -> Path:
+    """A folder that nobody else writes to.
+
+    Raises:
+        OSError: somebody else can, or it cannot be made.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mednext"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
