@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import time
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ..files import write_whole
 from . import composed, native
 from .reference import CHANNELS_LAST, CONV
 
@@ -142,10 +141,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).flatten(1, -2)
 
 
-def _tiles(voxels: int, hidden: torch.Tensor) -> Iterator[slice]:
+def _tiles(voxels: int, hidden: torch.Tensor) -> list[slice]:
     """Of voxels; `hidden` (R, C) are the weights that make the hidden layer."""
     rows = max(TILE_BYTES // (len(hidden) * hidden.element_size()), 64)
-    return (slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows))
+    return [slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows)]
 
 
 class _Expansion(torch.autograd.Function):
@@ -162,7 +161,7 @@ class _Expansion(torch.autograd.Function):
         second, b2 = w2.to(y.dtype), b2.to(y.dtype)
         out = torch.empty((len(y), len(w2), *y.shape[2:]), dtype=y.dtype, memory_format=CHANNELS_LAST[y.dim()])
         residual = residual if residual is None else _rows(residual)
-        tiles = list(_tiles(_rows(y).shape[1], first))
+        tiles = _tiles(_rows(y).shape[1], first)
         z_buffer = y.new_empty(tiles[0].stop, first.shape[1])
         for n, (rows, made) in enumerate(zip(_rows(y), _rows(out), strict=True)):
             for tile in tiles:
@@ -186,7 +185,7 @@ class _Expansion(torch.autograd.Function):
         dw2, db2 = scale.new_zeros(w2.shape), scale.new_zeros(len(w2))
         dy = torch.empty_like(y)
         voxels = _rows(y).shape[1]
-        tiles = list(_tiles(voxels, first))
+        tiles = _tiles(voxels, first)
         z_buffer, total_buffer = (t.new_empty(tiles[0].stop, first.shape[1]) for t in (y, scale))
         for n, (rows, grads, made) in enumerate(zip(_rows(y), _rows(g), _rows(dy), strict=True)):
             for tile in tiles:
@@ -245,7 +244,7 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 
 def _product(g: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """g (rows, K).T @ rows (rows, C): the gradient of the weights of `_linear` that made of rows what g belongs to."""
+    """g (rows, K).T @ rows (rows, C): the gradient of the weights of `linear` that made of rows what g belongs to."""
     if not _as_convolution(rows):
         return g.t() @ rows
     like, none = rows.new_empty(g.shape[1], rows.shape[1], 1, 1), [0, 0]
@@ -276,9 +275,8 @@ def bfloat16_pays() -> bool:
     except OSError:
         return _measure_bfloat16()
     if not file.exists():
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(str(_measure_bfloat16()))
-        os.replace(partial, file)
+        measured = str(_measure_bfloat16())
+        write_whole(file, lambda partial: partial.write_text(measured))
     return file.read_text() == "True"
 
 
