@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import kernels
+from .kernels.reference import Moments, Weights, grn
 
 CONV = {"2d": nn.Conv2d, "3d": nn.Conv3d}
 CONV_TRANSPOSE = {"2d": nn.ConvTranspose2d, "3d": nn.ConvTranspose3d}
@@ -177,15 +178,12 @@ class MedNeXtBlock(nn.Module):
         y = self.act(self.conv2(y))  # (N, exp_r * C, *space)
         gamma, beta = self.grn_gamma, self.grn_beta
         if gamma is not None and beta is not None:
-            wide = torch.float32 if y.is_cuda else torch.float64  # float32 sums on a CPU err by 4e-3 at 128^3
-            energy = torch.linalg.vector_norm(y, dim=list(range(2, y.dim())), keepdim=True, dtype=wide)
-            total = energy.sum(1, keepdim=True) if self.grn_over_sum else energy.mean(1, keepdim=True)
-            y = gamma * (y * (energy / (total + 1e-6)).to(y.dtype)) + beta + y
+            y = grn(y, gamma, beta, self.grn_over_sum)
         return self.conv3(y)
 
     def _block(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            ops = kernels.choose(self.kernels, x, self._only_modules())
+            ops = kernels.choose(self.kernels, x, self._only_modules(), kernel_size=self.conv1.kernel_size[0])
             if ops is not kernels.reference:
                 return self._with(ops, x)
         if not x.is_cuda:  # channels last is faster on a CPU; in each block, since 1x1x1 convolutions may undo it
@@ -195,23 +193,26 @@ class MedNeXtBlock(nn.Module):
         return self._residual(x, y)
 
     def _only_modules(self) -> str | None:
-        if self.grn_gamma is not None:
-            return "there is none with GRN"
         if self.conv1.groups != self.conv1.in_channels:
             return "the first convolution is not depthwise"
         return _only_modules(self.children())
 
     def _with(self, ops: ModuleType, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv1
-        return self._expanded(ops, x, ops.depthwise(x, conv.weight, conv.bias, conv.stride[0], conv.transposed))
+        return self._expanded(ops, x, *ops.depthwise(x, conv.weight, conv.bias, conv.stride[0], conv.transposed))
 
-    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor, moments: Moments | None) -> torch.Tensor:
         """What `norm`, `_expansion` and `_residual` make of the depthwise convolution's y."""
-        return ops.expansion(y, *self._layers(), x if self.do_res else None)
+        return self._with_norm(ops, y, moments, x if self.do_res else None)
 
-    def _layers(self) -> list:
+    def _with_norm(self, ops: ModuleType, y, moments: Moments | None, residual, more_bias=None) -> torch.Tensor:
+        """`norm` and `_expansion` with a residual; `more_bias` is added to the last one."""
         norm, first, second = self.norm, self.conv2, self.conv3
-        return [norm.weight, norm.bias, norm.eps, first.weight, first.bias, second.weight, second.bias]
+        end = second.bias if more_bias is None else second.bias + more_bias
+        matrices = first.weight.flatten(1), first.bias, second.weight.flatten(1), end
+        grn_weights = [p if p is None else p.flatten() for p in (self.grn_gamma, self.grn_beta)]
+        weights = Weights(norm.weight, norm.bias, *matrices, *grn_weights)
+        return ops.expansion(y, weights, norm.eps, self.grn_over_sum, residual, moments)
 
     def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
         # the second argument is the original's and unused: networks built of its blocks pass it
@@ -249,9 +250,9 @@ class MedNeXtDownBlock(MedNeXtBlock):
     def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + self.res_conv(x) if self.do_res else y
 
-    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor, moments: Moments | None) -> torch.Tensor:
         residual = ops.pointwise(x[_every_second(x, 0)], *_matrix(self.res_conv)) if self.do_res else None
-        return ops.expansion(y, *self._layers(), residual)
+        return self._with_norm(ops, y, moments, residual)
 
 
 class MedNeXtUpBlock(MedNeXtDownBlock):
@@ -273,13 +274,10 @@ class MedNeXtUpBlock(MedNeXtDownBlock):
         y = y + self.res_conv(x) if self.do_res else y  # (N, C, 2n - 1, ..)
         return F.pad(y, [1, 0] * (x.dim() - 2))
 
-    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        *layers, bias = self._layers()
+    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor, moments: Moments | None) -> torch.Tensor:
+        weight, bias = _matrix(self.res_conv) if self.do_res else (None, None)
+        y = F.pad(self._with_norm(ops, y, moments, None, bias), [1, 0] * (x.dim() - 2))
         if self.do_res:  # a transposed convolution adds its bias everywhere, its products to every second voxel
-            weight, residual_bias = _matrix(self.res_conv)
-            bias = bias + residual_bias
-        y = F.pad(ops.expansion(y, *layers, bias), [1, 0] * (x.dim() - 2))
-        if self.do_res:
             y[_every_second(y, 1)] += ops.pointwise(x, weight)
         return y
 

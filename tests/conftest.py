@@ -11,6 +11,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when it is imported, which the bundle may cause
 
 from scripts.phantom import phantom
 

@@ -1,7 +1,8 @@
 """The engine room: what MedNeXt spends its time on, each operation as stock PyTorch and as something faster.
 
-Kernels know tensors and no modules. `reference` is the specification, in stock operators that run everywhere;
-`cpu` is for CPUs. Both have `depthwise` and `expansion`, with the same arguments and, to rounding, the same numbers.
+Kernels know tensors and no modules. `reference` is the specification, in stock operators that run everywhere; `cpu` is
+for CPUs, `gpu` for GPUs, in Triton. All have `depthwise` and `expansion`, with the same arguments and, to rounding, the
+same numbers.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, gpu, measured, reference
 
-KERNELS = ("auto", "reference", "cpu")
+KERNELS = ("auto", "reference", "cpu", "triton")
 
 
 def check(kernels: str) -> str:
@@ -26,24 +27,29 @@ def check(kernels: str) -> str:
     return kernels
 
 
-def choose(kernels: str, x: torch.Tensor, why_not: str | None = None, compiled: bool = True) -> ModuleType:
+def choose(
+    kernels: str, x: torch.Tensor, why_not: str | None = None, compiled: bool = True, kernel_size: int = 1
+) -> ModuleType:
     """The module whose operations suit the tensor.
 
     Args:
-        kernels: one of KERNELS; "auto" is "cpu" wherever that is possible, else "reference".
+        kernels: one of KERNELS; "auto" is "cpu" on a CPU and, where `measured` says that it is faster, "triton" on a
+            GPU, if that is possible; else "reference".
         x: (N, C, *space).
         why_not: what about the operation only the reference can do.
         compiled: whether the operation has a part that is compiled, which "cpu" by name insists on.
+        kernel_size: of the depthwise convolution.
 
     Raises:
         RuntimeError: what was asked for by name cannot run on this tensor or this machine; says why.
     """
     if kernels == "reference":
         return reference
-    reason = why_not or cpu.unsuitable(x)
+    ops = gpu if kernels == "triton" or (kernels == "auto" and x.is_cuda) else cpu
+    reason = why_not or ops.unsuitable(x)
     if kernels == "auto":
-        return reference if reason else cpu
-    reason = reason or (cpu.missing(x) if compiled else None)
+        return reference if reason or (ops is gpu and not measured.faster(x, kernel_size)) else ops
+    reason = reason or (cpu.missing(x) if compiled and ops is cpu else None)
     if reason:
-        raise RuntimeError(f'kernels="cpu" cannot be used: {reason}. Use kernels="auto".')
-    return cpu
+        raise RuntimeError(f'kernels="{kernels}" cannot be used: {reason}. Use kernels="auto".')
+    return ops

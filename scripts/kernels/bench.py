@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -92,11 +92,15 @@ def _ours(size: str, kernel_size: int, checkout: str) -> nn.Module:
     return create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True)
 
 
-def _reference(size: str, kernel_size: int, checkout: str) -> nn.Module:
-    return create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True, kernels="reference")
+def _with(kernels: str) -> Callable[[str, int, str], nn.Module]:
+    return lambda size, kernel_size, checkout: create_mednext_v1(
+        1, 3, size, kernel_size, deep_supervision=True, kernels=kernels
+    )
 
 
-BUILDERS = {"original": _original, "monai": _monai, "reference": _reference, "ours": _ours}
+BUILDERS = {
+    "original": _original, "monai": _monai, "reference": _with("reference"), "ours": _ours, "triton": _with("triton")
+}  # fmt: skip
 
 
 def work(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str], checkout: str) -> None:
@@ -194,15 +198,36 @@ def peak_rate(dtype: torch.dtype) -> float:
     return 2048**3 / min(seconds)
 
 
-def _test() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_kernels.py"], cwd=ROOT, capture_output=True, text=True
-    )
+def test(file: str) -> None:
+    """Runs tests of kernels.
+
+    Raises:
+        UserError: one failed.
+    """
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", file], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
             f"the tests of the kernels fail, so nothing is measured:\n{(done.stdout + done.stderr).strip()[-2000:]}\n"
             "They take pip install -r requirements-dev.txt and a checkout of the bundle."
         )
+
+
+def listed(values: object) -> list:
+    """One value of a command line as a list of one."""
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def check(original: str | None, **known: tuple[Sequence, Iterable]) -> None:
+    """Compares arguments by name, as (given, possible).
+
+    Raises:
+        UserError: a value is not possible, or `original` is no checkout of MIC-DKFZ/MedNeXt.
+    """
+    for name, (given, possible) in known.items():
+        if not {*given} <= {*possible}:
+            raise UserError(f"{name} is {given}; expected some of {', '.join(map(str, possible))}.")
+    if original is not None and not (Path(original) / "nnunet_mednext/network_architecture/mednextv1").is_dir():
+        raise UserError(f"{original} is no checkout of MIC-DKFZ/MedNeXt: it has no nnunet_mednext with MedNeXt v1.")
 
 
 def bench(
@@ -228,15 +253,10 @@ def bench(
     Raises:
         UserError: an argument is none of its values, or a test of the kernels failed.
     """
-    sizes, kernel_sizes, tasks = ([x] if isinstance(x, str | int) else list(x) for x in (sizes, kernel_sizes, tasks))
+    sizes, kernel_sizes, tasks = map(listed, (sizes, kernel_sizes, tasks))
     tasks = [str(task) for task in tasks]
-    known = {"sizes": (sizes, "SBML"), "kernel_sizes": (kernel_sizes, KERNEL_SIZES), "tasks": (tasks, TASKS)}
-    for name, (given, possible) in known.items():
-        if not {*given} <= {*possible}:
-            raise UserError(f"{name} is {given}; expected some of {', '.join(map(str, possible))}.")
-    if original is not None and not (Path(original) / "nnunet_mednext/network_architecture/mednextv1").is_dir():
-        raise UserError(f"{original} is no checkout of MIC-DKFZ/MedNeXt: it has no nnunet_mednext with MedNeXt v1.")
-    _test()
+    check(original, sizes=(sizes, "SBML"), kernel_sizes=(kernel_sizes, KERNEL_SIZES), tasks=(tasks, TASKS))
+    test("tests/test_kernels.py")
     lines = _table(sizes, kernel_sizes, tasks, rounds, original)
     if output is not None:
         Path(output).write_text("\n".join(lines) + "\n")

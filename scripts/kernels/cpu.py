@@ -2,9 +2,8 @@
 
 - A depthwise convolution and its input gradient (a convolution with the flipped kernel, or the transposed one) are
   oneDNN's forward convolution wherever that is an ordinary convolution; the rest is `native`, else `composed`.
-- Norm, expansion, GELU, compression and residual run over tiles of voxels whose hidden layer stays in the cache; the
-  backward pass computes it again from the norm's input. The norm's scale and shift are folded into the first weights:
-  W1 (gamma * z + beta) + b1 = (W1 * gamma) z + (W1 beta + b1), with z the normalised input.
+- Norm, expansion, GELU, GRN, compression and residual (`expansion`) run over tiles of voxels whose hidden layer stays
+  in the cache.
 
 Sums over voxels are kept in float32 at least, those of the norm in float64. Under autocast to bfloat16 activations and
 products are bfloat16; weights stay as they are and get their gradients in their own precision.
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import time
 from types import ModuleType
 
@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from ..files import write_whole
 from . import composed, native
-from .reference import CHANNELS_LAST, CONV
+from . import expansion as expansions
+from .expansion import Layers
+from .reference import CONV, Moments, Weights, channels_last, plain
 
 TILE_BYTES = 2**21  # of the hidden layer of a tile; from 1 to 4 MiB made no difference on 1 MiB of L2 a core
 
@@ -50,18 +52,6 @@ def missing(x: torch.Tensor) -> str | None:
     return None
 
 
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    """In the precision to compute with, channels-last."""
-    x = x.as_tensor() if hasattr(x, "as_tensor") else x
-    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    return _channels_last(x)
-
-
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-
-
 def _helper(x: torch.Tensor, edge: int = 3) -> ModuleType:
     return native if native.suits(x, edge) else composed
 
@@ -71,9 +61,9 @@ def _helper(x: torch.Tensor, edge: int = 3) -> ModuleType:
 
 def depthwise(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int = 1, transposed: bool = False
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, None]:
     """As `reference.depthwise`, channels-last."""
-    return _Depthwise.apply(_plain(x), weight, bias, stride, transposed)
+    return _Depthwise.apply(plain(x), weight, bias, stride, transposed), None
 
 
 class _Depthwise(torch.autograd.Function):
@@ -91,7 +81,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         stride = ctx.stride
-        g = _channels_last(g)
+        g = channels_last(g)
         helper = _helper(x, weight.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
@@ -113,116 +103,122 @@ class _Depthwise(torch.autograd.Function):
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1) -> torch.Tensor:
     bias = bias if bias is None else bias.to(x.dtype)
     y = CONV[x.dim()](x, weight.to(x.dtype), bias, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight))
-    return _channels_last(y)
+    return channels_last(y)
 
 
-# ---- norm, expansion, GELU, compression, residual
+# ---- norm, expansion, GELU, GRN, compression, residual
 
 
 def expansion(
     y: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
+    weights: Weights,
     eps: float,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
+    over_sum: bool = False,
     residual: torch.Tensor | None = None,
+    moments: Moments | None = None,
 ) -> torch.Tensor:
     """As `reference.expansion`, channels-last."""
-    residual = residual if residual is None else _plain(residual)
-    layers = (weight1.flatten(1), bias1, weight2.flatten(1), bias2)
-    return _Expansion.apply(_plain(y), norm_weight, norm_bias, eps, *layers, residual)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, *space), channels-last -> (N, voxels, C), of the same memory."""
-    return x.movedim(1, -1).flatten(1, -2)
-
-
-def _tiles(voxels: int, hidden: torch.Tensor) -> list[slice]:
-    """Of voxels; `hidden` (R, C) are the weights that make the hidden layer."""
-    rows = max(TILE_BYTES // (len(hidden) * hidden.element_size()), 64)
-    return [slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows)]
+    residual = residual if residual is None else plain(residual)
+    return _Expansion.apply(plain(y), moments, eps, over_sum, residual, *weights)
 
 
 class _Expansion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, gamma, beta, eps, w1, b1, w2, b2, residual):
-        wide = torch.promote_types(y.dtype, torch.float32)
-        mean, variance = _helper(y).moments(y)
-        rstd = torch.rsqrt(variance + eps)
-        scale, shift = rstd.to(wide), (-mean * rstd).to(wide)  # (N, C): z = y * scale + shift
-        ctx.save_for_backward(y, gamma, beta, w1, b1, w2, scale, shift)
-        ctx.has_residual = residual is not None
-
-        first, start = (t.to(y.dtype) for t in _folded(gamma, beta, w1, b1, wide))
-        second, b2 = w2.to(y.dtype), b2.to(y.dtype)
-        out = torch.empty((len(y), len(w2), *y.shape[2:]), dtype=y.dtype, memory_format=CHANNELS_LAST[y.dim()])
-        residual = residual if residual is None else _rows(residual)
-        tiles = _tiles(_rows(y).shape[1], first)
-        z_buffer = y.new_empty(tiles[0].stop, first.shape[1])
-        for n, (rows, made) in enumerate(zip(_rows(y), _rows(out), strict=True)):
-            for tile in tiles:
-                z = torch.addcmul(shift[n], rows[tile], scale[n], out=z_buffer[: tile.stop - tile.start])
-                product = linear(torch.ops.aten.gelu_(linear(z, first, start)), second, b2)
-                if residual is None:
-                    made[tile] = product
-                else:
-                    torch.add(residual[n, tile], product, out=made[tile])
+    def forward(ctx, y, moments, eps, over_sum, residual, *weights):
+        out, kept = expansions.forward(_ROWS, y, moments, eps, Weights(*weights), over_sum, residual)
+        ctx.save_for_backward(y, *kept, *weights)
+        ctx.over_sum, ctx.has_residual = over_sum, residual is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        y, gamma, beta, w1, b1, w2, scale, shift = ctx.saved_tensors
-        g = _channels_last(g)
-        first_wide, start = _folded(gamma, beta, w1, b1, scale.dtype)
-        first, start, second = first_wide.to(y.dtype), start.to(y.dtype), w2.to(y.dtype)
-        first_back, second_back = first.t().contiguous(), second.t().contiguous()
-        dfirst, dstart = (scale.new_zeros(len(y), *t.shape) for t in (first, start))  # of each case
-        dw2, db2 = scale.new_zeros(w2.shape), scale.new_zeros(len(w2))
-        dy = torch.empty_like(y)
-        voxels = _rows(y).shape[1]
-        tiles = _tiles(voxels, first)
-        z_buffer, total_buffer = (t.new_empty(tiles[0].stop, first.shape[1]) for t in (y, scale))
-        for n, (rows, grads, made) in enumerate(zip(_rows(y), _rows(g), _rows(dy), strict=True)):
-            for tile in tiles:
-                z = torch.addcmul(shift[n], rows[tile], scale[n], out=z_buffer[: tile.stop - tile.start])
-                hidden, dhidden = linear(z, first, start), linear(grads[tile], second_back)
-                torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
-                torch.ops.aten.gelu_(hidden)
-                dw2 += _product(grads[tile], hidden)
-                db2 += grads[tile].sum(0, dtype=db2.dtype)
-                dfirst[n] += dhidden.t() @ z  # slower than `_product` and more exact, which gamma's gradient needs
-                dstart[n] += dhidden.sum(0, dtype=dstart.dtype)
-                made[tile] = linear(dhidden, first_back)  # gradient of z, until the norm's sums are known
-            # the norm's backward pass needs, of the gradient of z, the means of it and of it times z
-            means = (dstart[n] @ first_wide / voxels, (dfirst[n] * first_wide).sum(0) / voxels)
-            along = -scale[n] * means[1]
-            constant = along * shift[n] - scale[n] * means[0]
-            for tile in tiles:
-                total = total_buffer[: tile.stop - tile.start]
-                torch.addcmul(constant, rows[tile], along * scale[n], out=total)
-                torch.addcmul(total, made[tile], scale[n], out=made[tile])
-        dfirst, dstart = dfirst.sum(0), dstart.sum(0)
-        grads = (
-            (dfirst * w1).sum(0).to(gamma.dtype),
-            (dstart @ w1.to(dstart.dtype)).to(beta.dtype),
-            None,
-            (dfirst * gamma + torch.outer(dstart, beta.to(dstart.dtype))).to(w1.dtype),
-            dstart.to(b1.dtype),
-            dw2.to(w2.dtype),
-            db2.to(w2.dtype),
-        )
-        return (dy, *grads, g if ctx.has_residual else None)
+        y, scale, shift, energy, *weights = ctx.saved_tensors
+        g = channels_last(g)
+        kept = expansions.Kept(scale, shift, energy)
+        dy, grads = expansions.backward(_ROWS, g, y, Weights(*weights), ctx.over_sum, kept)
+        return dy, None, None, None, g if ctx.has_residual else None, *grads
 
 
-def _folded(gamma: torch.Tensor, beta: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, dtype: torch.dtype):
-    """First weights (R, C) and bias (R,) for the normalised input before gamma and beta."""
-    gamma, beta, w1, b1 = (t.detach().to(dtype) for t in (gamma, beta, w1, b1))
-    return w1 * gamma, b1 + w1 @ beta
+_ROWS = sys.modules[__name__]
+
+
+def moments(y: torch.Tensor) -> Moments:
+    """See `expansion.Rows`, as of the next four."""
+    return _helper(y).moments(y)
+
+
+def _tiles(voxels: int, layers: Layers) -> list[slice]:
+    rows = max(TILE_BYTES // (len(layers.first) * layers.first.element_size()), 64)
+    return [slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows)]
+
+
+def _normalised(rows: torch.Tensor, tile: slice, scale: torch.Tensor, shift: torch.Tensor, buffer: torch.Tensor):
+    return torch.addcmul(shift, rows[tile], scale, out=buffer[: tile.stop - tile.start])
+
+
+def energy(y: torch.Tensor, layers: Layers) -> torch.Tensor:
+    total = layers.scale.new_zeros(len(y), len(layers.first), dtype=torch.float64)
+    start, tiles = layers.start.to(y.dtype), _tiles(y.shape[1], layers)
+    buffer = y.new_empty(tiles[0].stop, y.shape[2])
+    for n, rows in enumerate(y):
+        for tile in tiles:
+            z = _normalised(rows, tile, layers.scale[n], layers.shift[n], buffer)
+            hidden = torch.ops.aten.gelu_(linear(z, layers.first, start)).to(layers.scale.dtype)
+            total[n] += hidden.square_().sum(0)
+    return total.to(layers.scale.dtype)
+
+
+def forward_rows(y: torch.Tensor, layers: Layers, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+    scale, shift, first, start, second, end = layers
+    start, end = start.to(y.dtype), end.to(y.dtype)
+    tiles = _tiles(y.shape[1], layers)
+    buffer = y.new_empty(tiles[0].stop, y.shape[2])
+    for n, (rows, made) in enumerate(zip(y, out, strict=True)):
+        for tile in tiles:
+            z = _normalised(rows, tile, scale[n], shift[n], buffer)
+            product = linear(torch.ops.aten.gelu_(linear(z, first, start)), second[n], end)
+            if residual is None:
+                made[tile] = product
+            else:
+                torch.add(residual[n, tile], product, out=made[tile])
+
+
+def backward_rows(
+    g: torch.Tensor, y: torch.Tensor, layers: Layers, along: torch.Tensor | None, dz: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    scale, shift, first, start, second, end = layers
+    found = [scale.new_zeros(len(y), *t.shape, dtype=torch.float64) for t in (first, start, second[0], end)]
+    start, first_back = start.to(y.dtype), first.t().contiguous()
+    tiles = _tiles(y.shape[1], layers)
+    buffer = y.new_empty(tiles[0].stop, y.shape[2])
+    for n, (rows, grads, dfirst, dstart, dsecond, dend) in enumerate(zip(y, g, *found, strict=True)):
+        second_back = second[n].t().contiguous()
+        for tile in tiles:
+            z = _normalised(rows, tile, scale[n], shift[n], buffer)
+            before, dhidden = linear(z, first, start), linear(grads[tile], second_back)
+            hidden = torch.ops.aten.gelu(before)
+            # matrix products of MKL are slower than `_product` and more exact, which both gammas' gradients need
+            dsecond += _product(grads[tile], hidden) if dz is not None else grads[tile].t() @ hidden
+            dend += grads[tile].sum(0, dtype=scale.dtype)
+            if along is not None:
+                torch.addcmul(dhidden, hidden, along[n], out=dhidden)
+            torch.ops.aten.gelu_backward.grad_input(dhidden, before, grad_input=dhidden)
+            dfirst += dhidden.t() @ z
+            dstart += dhidden.sum(0, dtype=scale.dtype)
+            if dz is not None:
+                dz[n, tile] = linear(dhidden, first_back)
+    return tuple(total.to(scale.dtype) for total in found)
+
+
+def combine_rows(dz: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
+    step = max(TILE_BYTES // (y.shape[2] * 4), 64)
+    buffer = a.new_empty(min(step, y.shape[1]), y.shape[2])
+    for n, (gradient, rows) in enumerate(zip(dz, y, strict=True)):
+        for start in range(0, len(rows), step):
+            tile = slice(start, min(start + step, len(rows)))
+            total = torch.addcmul(c[n], rows[tile], b[n], out=buffer[: tile.stop - tile.start])
+            torch.addcmul(total, gradient[tile], a[n], out=gradient[tile])
 
 
 def _image(rows: torch.Tensor) -> torch.Tensor:
@@ -257,7 +253,7 @@ def _product(g: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1x1 convolution, (N, C, *space) -> (N, K, *space), channels-last; weight (K, C)."""
-    return F.linear(_plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
+    return F.linear(plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 # ---- precision
@@ -285,12 +281,12 @@ def _measure_bfloat16() -> bool:
     fastest = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, row = torch.ones(1, 32, 64, 64, 64, dtype=dtype), torch.ones(32)
-        square = torch.ones(64, 32, 1, 1, 1)
+        square = torch.ones(64, 32)
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
-            y = depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
-            expansion(y, row, row, 1e-5, square, torch.ones(64), square.transpose(0, 1), row, x)
+            y, _ = depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
+            expansion(y, Weights(row, row, square, torch.ones(64), square.t(), row), 1e-5, residual=x)
             seconds.append(time.perf_counter() - start)
         fastest[dtype] = min(seconds)
     return fastest[torch.bfloat16] < 0.9 * fastest[torch.float32]
