@@ -143,3 +143,9 @@ def test_without_triton_everything_but_triton_by_name_runs(monkeypatch):
     assert kernels.choose("auto", torch.zeros(1, 16, 4, 4, 4)) is kernels.cpu
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         kernels.choose("triton", torch.zeros(1, 16, 4, 4, 4))
+
+
+def test_triton_is_imported_only_where_it_is_used():
+    code = "import sys, torch, scripts.mednext as m; m.create_mednext(1, 2, 'S'); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -53,8 +53,7 @@ def test_depthwise_convolutions_are_as_exact_as_stock(stride, transposed, edge, 
 @pytest.mark.parametrize(("stride", "transposed"), CONVOLUTIONS)
 def test_the_moments_of_a_convolution_are_those_of_what_it_returns(stride, transposed, monkeypatch):
     triton_depthwise = pytest.importorskip("scripts.kernels.triton_depthwise")
-    monkeypatch.setattr(triton_depthwise, "PROGRAMS", 4)  # the walk along z is cut, and partial moments are merged
-    monkeypatch.setattr(triton_depthwise, "PARTS", 2)
+    monkeypatch.setattr(triton_depthwise, "PARTS", 2)  # of the four of stride 1: two tiles, two walks along z
     x, weight, bias = on_device(
         convolution_inputs(torch.float32, (9, 3, 9) if stride == 1 else (2, 3, 5), 3, channels=24)
     )
@@ -170,3 +169,12 @@ def test_two_processes_train_as_one_does(tmp_path):
     (alone(x).square().sum() / 2).backward()
     made = torch.load(tmp_path / "grads.pt", weights_only=True)
     torch.testing.assert_close(made, [p.grad for p in alone.parameters()], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_the_expanded_size_is_kept_for_the_backward_pass():
+    kept, net = [], block(MedNeXtBlock, 24)
+    (x,) = on_device([torch.randn(1, 24, 4, 4, 4, requires_grad=True)])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        net(x).sum()
+    assert kept.count(x.numel()) == 2  # the block's input and the convolution's output
+    assert max(kept) == x.numel() < 48 * 4**3

@@ -18,6 +18,7 @@ from torch.library import custom_op
 
 from . import expansion as expansions
 from .expansion import Kept
+from .measured import constant
 from .reference import Moments, Weights, channels_last, plain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,13 +44,13 @@ def unsuitable(x: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def interpreted() -> bool:
     """Whether Triton interprets: it decides when it is imported, so the variable must have been set before."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 

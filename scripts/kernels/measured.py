@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from ..files import write_whole
 from .native import cache
 
 FASTER = 0.95  # of the time of stock operators, at most
+
+
+def constant(function: Callable) -> Callable:
+    """torch.compile calls the function once and keeps what it returns.
+
+    As `torch.compiler.assume_constant_result`, which imports the whole compiler, and Triton, at once.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def key(dtype: torch.dtype, channels: int, kernel_size: int) -> str:
@@ -30,7 +40,7 @@ def faster(x: torch.Tensor, kernel_size: int) -> bool:
     return _faster(x.device, key(dtype, x.shape[1], kernel_size))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _faster(device: torch.device, name: str) -> bool:
     return _table(torch.cuda.get_device_name(device)).get(name, 1.0) < FASTER
 
