@@ -60,8 +60,7 @@ def examine(case: dict, channels: int, values: Sequence[int], ignore: int | None
             filled = [np.zeros(n, dtype=bool) for n in voxels.shape]
         check_same_grid(path, image, paths[0], first)
         digest.update(np.ascontiguousarray(voxels))
-        scale = image.dataobj.slope, image.dataobj.inter
-        nonzero = voxels != 0 if scale == (1.0, 0.0) else voxels * scale[0] + scale[1] != 0
+        scale, nonzero = _nonzero(image, voxels)
         for axis, occupied in enumerate(filled):
             occupied |= nonzero.any(axis=tuple(a for a in range(3) if a != axis))
         everywhere.append(_moments(voxels[nonzero], *scale))
@@ -72,10 +71,9 @@ def examine(case: dict, channels: int, values: Sequence[int], ignore: int | None
         )
     boxes = [np.flatnonzero(occupied) for occupied in filled]
     cropped = [int(box[-1] - box[0] + 1) if len(box) else n for box, n in zip(boxes, first.shape, strict=False)]
-    ras = np.argsort(nib.io_orientation(first.affine)[:, 0])  # which stored axis is the grid's x, y, z
+    ras = _ras(first)
     return {
-        "shape": [first.shape[axis] for axis in ras],
-        "spacing": [float(first.header.get_zooms()[axis]) for axis in ras],
+        **_grid(first),
         "orientation": "".join(nib.aff2axcodes(first.affine)),
         "cropped": [cropped[axis] for axis in ras],
         "labels": sum(np.bincount(plane.ravel(), minlength=len(stored(values, ignore))) for plane in label).tolist(),
@@ -83,6 +81,35 @@ def examine(case: dict, channels: int, values: Sequence[int], ignore: int | None
         "foreground": inside,
         "digest": digest.hexdigest(),
     }
+
+
+def glance(paths: Sequence[str]) -> dict:
+    """`shape`, `spacing` and `channels` of a scan, as `examine` says them of a case.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    channels = []
+    for _, image, voxels in _channels(paths):
+        scale, nonzero = _nonzero(image, voxels)
+        channels.append(_moments(voxels[nonzero], *scale))
+    return {**_grid(image), "channels": channels}
+
+
+def _ras(image: nib.Nifti1Image) -> np.ndarray:
+    """Which stored axis is the grid's x, y, z."""
+    return np.argsort(nib.io_orientation(image.affine)[:, 0])
+
+
+def _grid(image: nib.Nifti1Image) -> dict:
+    ras, zooms = _ras(image), image.header.get_zooms()
+    return {"shape": [image.shape[axis] for axis in ras], "spacing": [float(zooms[axis]) for axis in ras]}
+
+
+def _nonzero(image: nib.Nifti1Image, voxels: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
+    """Slope and intercept of the file, and where its stored voxels stand for something else than zero."""
+    scale = image.dataobj.slope, image.dataobj.inter
+    return scale, voxels != 0 if scale == (1.0, 0.0) else voxels * scale[0] + scale[1] != 0
 
 
 def _channels(paths: Sequence[str]) -> Iterator[tuple[str, nib.Nifti1Image, np.ndarray]]:

@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
-from scripts.kernels import gpu, reference
-from scripts.kernels.reference import channels_last
-from tests.test_kernels import (
+from test_kernels import (
     CONVOLUTIONS,
     EXPANSIONS,
     assert_as_exact_as_stock,
@@ -19,6 +15,10 @@ from tests.test_kernels import (
     expansion_inputs,
     outputs_and_gradients,
 )
+
+from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
+from scripts.kernels import gpu, reference
+from scripts.kernels.reference import channels_last
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
