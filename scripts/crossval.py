@@ -112,7 +112,7 @@ def _check_same(weights: str, panel: Mapping[str, object]) -> None:
     written out."""
     for name, value in settings.read(f"{weights}/model.pt").items():
         wanted = panel.get(name, value)
-        derived = isinstance(wanted, str) and wanted.startswith(("$", "@"))
+        derived = isinstance(wanted, Mapping) or (isinstance(wanted, str) and wanted.startswith(("$", "@")))
         if name != "fold" and not derived and wanted != value:
             raise UserError(
                 f"{weights} was trained with {name} {value}, this cross-validation has {wanted}; give another"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,19 @@ def trained(phantom_dir, tmp_path_factory) -> Path:
     )  # fmt: skip
     (folder / "models" / "log").write_text(done.stdout)
     return folder / "models"
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory):
+    """The weights of the bundle as they are committed, since trainings write to the same folder."""
+    folder = tmp_path_factory.mktemp("shipped")
+    for name in ("model.pt", "model.json", "postprocessing.json", "SHA256SUMS"):
+        shown = subprocess.run(["git", "show", f"HEAD:models/{name}"], cwd=ROOT, capture_output=True)
+        if shown.returncode:  # an archive without git: what lies there
+            shutil.copy(ROOT / "models" / name, folder / name)
+        else:
+            (folder / name).write_bytes(shown.stdout)
+    return folder
 
 
 def grid(kind: str) -> tuple[tuple[int, int, int], np.ndarray]:

@@ -206,12 +206,6 @@ class TestMetadata:
         metadata = read("metadata")
         assert metadata["version"] in metadata["changelog"]
 
-    def test_tensors_are_those_of_the_default_inference_settings(self):
-        metadata, trained = read("metadata")["network_data_format"], read("inference")["trained"]
-        assert metadata["inputs"]["image"]["num_channels"] == trained["in_channels"]
-        assert metadata["outputs"]["pred"]["num_channels"] == trained["out_channels"]
-        assert len(metadata["outputs"]["pred"]["channel_def"]) == trained["out_channels"]
-
     def test_it_follows_its_schema(self):
         jsonschema = pytest.importorskip("jsonschema")
         schema = next(

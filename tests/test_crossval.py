@@ -117,7 +117,7 @@ class TestCommand:
         inference += ["--tta", "True", "--output_dir", tmp_path / "masks", "--num_workers", 0]
         done = subprocess.run(list(map(str, inference)), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(list((tmp_path / "masks").iterdir())) == 2
+        assert len(list((tmp_path / "masks").glob("*_seg.nii.gz"))) == 2
 
         other = self.run(*common, "--kernel_size", 5, fails=True)
         assert (

@@ -147,6 +147,7 @@ net = DistributedDataParallel(block.to(device))
 net(x[[dist.get_rank()]].to(device)).square().sum().backward()
 if dist.get_rank() == 0:
     torch.save([p.grad.cpu() for p in block.parameters()], sys.argv[1])
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -19,41 +19,28 @@ from scripts.data import validation_cases
 HIPPOCAMPUS = SHARED / "Task04_Hippocampus"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """The files as they are committed, since trainings write to the same folder."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("model.pt", "model.json", "postprocessing.json", "SHA256SUMS"):
-        shown = subprocess.run(["git", "show", f"HEAD:models/{name}"], cwd=ROOT, capture_output=True)
-        if shown.returncode:  # an archive without git: what lies there
-            shutil.copy(ROOT / "models" / name, folder / name)
-        else:
-            (folder / name).write_bytes(shown.stdout)
-    return folder
-
-
-def test_they_are_what_their_checksums_say_and_fit_into_git(models):
-    sums = dict(reversed(line.split()) for line in (models / "SHA256SUMS").read_text().splitlines())
+def test_they_are_what_their_checksums_say_and_fit_into_git(shipped):
+    sums = dict(reversed(line.split()) for line in (shipped / "SHA256SUMS").read_text().splitlines())
     assert set(sums) == {"model.pt", "model.json", "postprocessing.json"}
     for name, expected in sums.items():
-        assert hashlib.sha256((models / name).read_bytes()).hexdigest() == expected
-    assert (models / "model.pt").stat().st_size < 25e6
-    assert all(isinstance(t, torch.Tensor) for t in torch.load(models / "model.pt", weights_only=True).values())
+        assert hashlib.sha256((shipped / name).read_bytes()).hexdigest() == expected
+    assert (shipped / "model.pt").stat().st_size < 25e6
+    assert all(isinstance(t, torch.Tensor) for t in torch.load(shipped / "model.pt", weights_only=True).values())
 
 
-def test_metadata_describe_them(models):
-    trained = settings.read(models / "model.pt")
+def test_metadata_describe_them(shipped):
+    trained = settings.read(shipped / "model.pt")
     output = json.loads((ROOT / "configs/metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
-    assert output["num_channels"] == trained["out_channels"]
+    assert output["num_channels"] == trained["out_channels"] == 3
     assert list(output["channel_def"].values()) == trained["labels"]
     assert trained["familiar"]["extent x (mm)"][1] < 100
 
 
-def test_the_bundle_s_network_has_them_from_any_working_directory(models, tmp_path):
+def test_the_bundle_s_network_has_them_from_any_working_directory(shipped, tmp_path):
     copy = tmp_path / "mednext"
     for name in ("configs", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(models, copy / "models")
+    shutil.copytree(shipped, copy / "models")
     code = """
 import sys, torch, monai.bundle
 sys.path.insert(0, sys.argv[1])
@@ -66,13 +53,13 @@ print(type(net).__name__, all(torch.equal(net.state_dict()[k], v) for k, v in we
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="needs the real hippocampus scans")
-def test_they_segment_held_out_hippocampi_and_warn_of_nothing(models, tmp_path):
-    held_out = validation_cases(str(HIPPOCAMPUS), settings.read(models / "model.pt")["fold"])[:3]
+def test_they_segment_held_out_hippocampi_and_warn_of_nothing(shipped, tmp_path):
+    held_out = validation_cases(str(HIPPOCAMPUS), settings.read(shipped / "model.pt")["fold"])[:3]
     (tmp_path / "scans").mkdir()
     for case in held_out:
         shutil.copy(case["image"], tmp_path / "scans")
     done = bundle(
-        "--config_file", "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--ckpt_dir", models,
+        "--config_file", "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--ckpt_dir", shipped,
         "--output_dir", tmp_path / "masks", "--num_workers", 0,
     )  # fmt: skip
     assert "unlike" not in done.stdout + done.stderr
@@ -87,11 +74,11 @@ def test_they_segment_held_out_hippocampi_and_warn_of_nothing(models, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "Dataset901_OpenMS").is_dir(), reason="needs the real brain scans")
-def test_a_whole_brain_is_not_taken_for_a_cut_out(models, tmp_path):
+def test_a_whole_brain_is_not_taken_for_a_cut_out(shipped, tmp_path):
     (tmp_path / "scans").mkdir()
     shutil.copy(next((SHARED / "Dataset901_OpenMS/imagesTr").glob("*_0001.nii.gz")), tmp_path / "scans/brain.nii.gz")
     done = bundle(
-        "--config_file", "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--ckpt_dir", models,
+        "--config_file", "configs/inference.json", "--dataset_dir", tmp_path / "scans", "--ckpt_dir", shipped,
         "--output_dir", tmp_path / "masks", "--num_workers", 0,
     )  # fmt: skip
     assert "brain.nii.gz is unlike the scans this network was trained on, do not trust its mask unseen" in (

@@ -187,7 +187,8 @@ class TestInference:
             "--config_file", ROOT / "configs/inference.json", "--dataset_dir", scan, "--ckpt_dir", trained,
             "--output_dir", "masks", cwd=tmp_path,
         )  # fmt: skip
-        assert [p.name for p in (tmp_path / "masks").iterdir()] == [scan.name.replace(".nii", "_seg.nii")]
+        written = {p.name for p in (tmp_path / "masks").iterdir()}
+        assert written == {scan.name.replace(".nii", "_seg.nii"), "report.csv"}
 
 
 class TestMonaiTools:
@@ -223,7 +224,9 @@ workflow.finalize()
         self.run(code, bundle_copy, tmp_path)
         assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 2
 
-    def test_network_fits_its_metadata_and_exports_to_torchscript(self, bundle_copy, tmp_path):
+    def test_network_fits_its_metadata_and_exports_to_torchscript(self, bundle_copy, shipped, tmp_path):
+        bundle_copy = shutil.copytree(bundle_copy, tmp_path / "mednext")
+        shutil.copytree(shipped, bundle_copy / "models", dirs_exist_ok=True)
         code = f"""
 from monai.bundle import ckpt_export, verify_net_in_out
 files = dict(meta_file="{bundle_copy}/configs/metadata.json", config_file="{bundle_copy}/configs/inference.json")
@@ -232,7 +235,7 @@ ckpt_export("network_def", filepath="model.ts", ckpt_file="{bundle_copy}/models/
 """
         self.run(code, bundle_copy, tmp_path)
         scripted = torch.jit.load(tmp_path / "model.ts", map_location="cpu")
-        assert scripted(torch.zeros(1, 1, 32, 40, 32)).shape == (1, 4, 32, 40, 32)
+        assert scripted(torch.zeros(1, 1, 32, 40, 32)).shape == (1, 3, 32, 40, 32)
 
 
 def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, tmp_path):
