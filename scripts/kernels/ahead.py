@@ -176,9 +176,5 @@ def report(
     return found
 
 
-def main() -> None:
-    command(report)
-
-
 if __name__ == "__main__":
-    main()
+    command(report)

@@ -25,7 +25,7 @@ from ..files import write_whole
 from . import composed, native
 from . import expansion as expansions
 from .expansion import Layers
-from .reference import CONV, Moments, Weights, channels_last, plain
+from .reference import CONV, Moments, Weights, channels_last, plain, pointwise  # noqa: F401
 
 TILE_BYTES = 2**21  # of the hidden layer of a tile; from 1 to 4 MiB made no difference on 1 MiB of L2 a core
 
@@ -246,14 +246,6 @@ def _product(g: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     like, none = rows.new_empty(g.shape[1], rows.shape[1], 1, 1), [0, 0]
     args = (None, [1, 1], none, [1, 1], False, none, 1, [False, True, False])
     return torch.ops.aten.convolution_backward(_image(g), _image(rows), like, *args)[1][:, :, 0, 0]
-
-
-# ---- 1x1x1 convolutions
-
-
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """1x1x1 convolution, (N, C, *space) -> (N, K, *space), channels-last; weight (K, C)."""
-    return F.linear(plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 # ---- precision

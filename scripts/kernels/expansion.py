@@ -103,8 +103,9 @@ def backward(
     if along is None:
         dw2 = dsecond.sum(0)
     else:
-        factor = 1 + weights.grn_gamma.to(wide) * _response(kept.energy, over_sum)
-        dw2 = (dsecond * factor[:, None]).sum(0) + torch.outer(dend, weights.grn_beta.to(wide))
+        dw2 = (dsecond * _factor(weights, kept, over_sum)[:, None]).sum(0) + torch.outer(
+            dend, weights.grn_beta.to(wide)
+        )
     dw1 = dfirst * gamma + torch.outer(dstart, beta)
     grads = Weights((dfirst * w1).sum(0), dstart @ w1, dw1, dstart, dw2, dend, *grn)
     return dy, Weights(*(d if d is None else d.to(t.dtype) for d, t in zip(grads, weights, strict=True)))
@@ -122,15 +123,20 @@ def _layers(y: torch.Tensor, weights: Weights, kept: Kept) -> Layers:
     return Layers(kept.scale, kept.shift, (w1 * gamma).to(y.dtype), b1 + w1 @ beta, second, b2)
 
 
-def _response(energy: torch.Tensor, over_sum: bool) -> torch.Tensor:
-    """How strong each hidden channel (N, R) is beside the others."""
-    return energy / (energy.sum(1, keepdim=True) if over_sum else energy.mean(1, keepdim=True)).add(1e-6)
+def _total(energy: torch.Tensor, over_sum: bool) -> torch.Tensor:
+    """What the energy of each hidden channel (N, R) is compared with, (N, 1)."""
+    return (energy.sum(1, keepdim=True) if over_sum else energy.mean(1, keepdim=True)) + 1e-6
+
+
+def _factor(weights: Weights, kept: Kept, over_sum: bool) -> torch.Tensor:
+    """What GRN multiplies each hidden channel of a case by, (N, R)."""
+    return 1 + weights.grn_gamma.to(kept.scale.dtype) * (kept.energy / _total(kept.energy, over_sum))
 
 
 def _with_grn(layers: Layers, weights: Weights, kept: Kept, over_sum: bool) -> Layers:
     wide = kept.scale.dtype
-    gamma, beta, w2 = (t.to(wide) for t in (weights.grn_gamma, weights.grn_beta, weights.w2))
-    factor = 1 + gamma * _response(kept.energy, over_sum)  # (N, R)
+    beta, w2 = (t.to(wide) for t in (weights.grn_beta, weights.w2))
+    factor = _factor(weights, kept, over_sum)
     return layers._replace(second=(w2 * factor[:, None]).to(layers.second.dtype), end=layers.end + w2 @ beta)
 
 
@@ -138,7 +144,7 @@ def _grn_backward(weights: Weights, kept: Kept, over_sum: bool, dsecond: torch.T
     """What times hidden adds to its gradient because its energy counts, (N, R), and the gradients of GRN's weights."""
     wide, energy = kept.scale.dtype, kept.energy
     gamma, w2 = weights.grn_gamma.to(wide), weights.w2.to(wide)
-    total = (energy.sum(1, keepdim=True) if over_sum else energy.mean(1, keepdim=True)) + 1e-6
+    total = _total(energy, over_sum)
     dfactor = (dsecond * w2).sum(1)
     dresponse = dfactor * gamma
     dtotal = -(dresponse * energy).sum(1, keepdim=True) / total.square()

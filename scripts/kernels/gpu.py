@@ -12,17 +12,15 @@ import os
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
 from . import expansion as expansions
 from .expansion import Kept
 from .measured import constant
-from .reference import Moments, Weights, channels_last, plain
+from .reference import Moments, Weights, channels_last, plain, pointwise  # noqa: F401
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNEL_SIZES = (3, 5, 7)
 OLDEST = (8, 0)  # compute capability: Ampere
 INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -214,11 +212,3 @@ _expansion.register_autograd(_expansion_backward, setup_context=_keep_expansion)
 
 def _none(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
-
-
-# ---- 1x1x1 convolution
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, C, *space) @ weight (K, C), channels-last: a matrix product of cuBLAS on the memory of x."""
-    return F.linear(plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)

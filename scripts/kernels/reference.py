@@ -41,6 +41,11 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1x1 convolution, (N, C, *space) -> (N, K, *space): a matrix product on channels-last memory; weight (K, C)."""
+    return F.linear(plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
 def depthwise(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int = 1, transposed: bool = False
 ) -> tuple[torch.Tensor, Moments | None]:
