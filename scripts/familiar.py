@@ -10,19 +10,23 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
 from ignite.engine import Engine, Events
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
 
-from .data import image_files
+from .errors import UserError
 from .files import write_whole
-from .survey import glance, survey
+from .survey import survey
 
 GRID = 1.25  # how many times more or less than in training spacing and extent may be
 VOLUME = 2.0  # and the predicted volume of a label
 CONTRAST = 0.5  # how far beyond the range of training contrast may be, in widths of that range
+
+UNLIKE = "unlike the training cases"  # column of the report, entry of a mask's metadata
 
 logger = logging.getLogger("mednext")
 
@@ -46,31 +50,36 @@ def learn(
     records = [r for r in survey(items, channels, values, memory, ignore) if "error" not in r]
     found: dict[str, list[float]] = {}
     for record in records:
-        voxel = math.prod(record["spacing"]) / 1000
-        volumes = {value: n * voxel for value, n in list(zip(values, record["labels"], strict=False))[1:]}
-        for name, value in measures(record["spacing"], record["shape"], record["channels"], volumes).items():
+        counts = dict(list(zip(values, record["labels"], strict=False))[1:])
+        contrasts = [c["std"] / c["mean"] if c and c["mean"] else 0.0 for c in record["channels"]]
+        measured = measures(record["spacing"], record["shape"], contrasts)
+        for name, value in {**measured, **volumes(counts, math.prod(record["spacing"]))}.items():
             found.setdefault(name, []).append(value)
     return {name: [round(min(v), 4), round(max(v), 4)] for name, v in found.items()}
 
 
-def measures(
-    spacing: Sequence[float], shape: Sequence[int], channels: Sequence[Mapping | None], volumes: Mapping[int, float]
-) -> dict[str, float]:
-    """What is compared, by name.
+def measures(spacing: Sequence[float], shape: Sequence[int], contrasts: Sequence[float]) -> dict[str, float]:
+    """What is compared of a scan, by name.
 
     Args:
         spacing: mm, of the RAS axes.
         shape: voxels, of the RAS axes.
-        channels: of each, mean and std of its non-zero voxels, or None without any. Their ratio does not depend on the
-            unit of an MR scanner, and is negative or large in a CT.
-        volumes: ml of each label, by its value.
+        contrasts: of each channel std / mean of its non-zero voxels, 0 without any. It does not depend on the unit of
+            an MR scanner, and is negative or large in a CT.
     """
     found = {f"spacing {axis} (mm)": value for axis, value in zip("xyz", spacing, strict=True)}
     found |= {f"extent {axis} (mm)": n * s for axis, n, s in zip("xyz", shape, spacing, strict=True)}
-    for number, channel in enumerate(channels):
-        mean = channel["mean"] if channel else 0.0
-        found[f"contrast of channel {number} (std / mean)"] = channel["std"] / mean if mean else 0.0
-    return found | {f"volume of label {label} (ml)": value for label, value in volumes.items()}
+    return found | {f"contrast of channel {i} (std / mean)": value for i, value in enumerate(contrasts)}
+
+
+def volumes(counts: Mapping[int, int], voxel: float) -> dict[str, float]:
+    """What is compared of a mask, by name: the volume of each label in ml.
+
+    Args:
+        counts: voxels of each label, by its value.
+        voxel: mm^3.
+    """
+    return {f"volume of label {label} (ml)": n * voxel / 1000 for label, n in counts.items()}
 
 
 def unfamiliar(found: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -> list[str]:
@@ -91,61 +100,114 @@ def unfamiliar(found: Mapping[str, float], ranges: Mapping[str, Sequence[float]]
     return said
 
 
-class Familiarity:
-    """Writes `report.csv` into the output folder: the measures of every scan, and what is unlike the training cases.
-
-    What is unlike is also said when all scans are done: such a mask is to be looked at, or not to be used.
+class MeasureScand(MapTransform):
+    """Keeps the `measures` of a scan (channels, X, Y, Z) in its metadata, as "measured".
 
     Args:
+        keys: images on their stored voxels in RAS order.
+    """
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            image = data[key]
+            image.meta["measured"] = measures(image.pixdim.tolist(), image.shape[1:], [*map(_contrast, image)])
+        return data
+
+
+def _contrast(channel: torch.Tensor) -> float:
+    """std / mean of the non-zero voxels (X, Y, Z); nothing of the channel's size is made."""
+    n, total = int(channel.count_nonzero()), float(channel.sum(dtype=torch.float64))
+    squares = sum(float(plane.double().square().sum()) for plane in channel)
+    return math.sqrt(max(squares / n - (total / n) ** 2, 0.0)) / (total / n) if total else 0.0
+
+
+class Familiard(MapTransform):
+    """Adds the volumes of a mask to what was "measured" of its scan, and says in the metadata what is unlike training.
+
+    Args:
+        keys: masks (1, X, Y, Z) of label values on the scan's grid, with the metadata that `MeasureScand` wrote.
         ranges: what `learn` found, or None, where nothing is known of the training cases.
-        output_dir: for the report.
         values: of the labels, background first, or None.
     """
 
     def __init__(
         self,
-        ranges: Mapping[str, Sequence[float]] | None,
-        output_dir: str,
+        keys: KeysCollection,
+        ranges: Mapping[str, Sequence[float]] | None = None,
         values: Sequence[int] | None = None,
     ) -> None:
-        self.ranges, self.file = ranges or {}, Path(output_dir) / "report.csv"
-        self.labels = list(values or [])[1:]
-        self.rows: list[dict[str, object]] = []
+        super().__init__(keys)
+        self.ranges, self.labels = ranges or {}, list(values or [])[1:]
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            mask = data[key]
+            counts = {label: int((mask == label).sum()) for label in self.labels}
+            found = {**mask.meta["measured"], **volumes(counts, float(mask.affine[:3, :3].det().abs()))}
+            mask.meta |= {"measured": found, UNLIKE: unfamiliar(found, self.ranges)}
+        return data
+
+
+def warn(scan: str, unlike: Iterable[str]) -> None:
+    """Says of a scan what about it is unlike the training cases, if anything is."""
+    if unlike:
+        logger.warning(
+            "%s is unlike the scans this network was trained on, do not trust its mask unseen: %s.",
+            scan,
+            "; ".join(unlike),
+        )
+
+
+class FamiliarityReport:
+    """Writes `report.csv` into the output folder: the measures of every scan, and what is unlike the training cases.
+
+    What is unlike is also said when all scans are done. Lines of scans that were segmented into the folder before stay.
+
+    Args:
+        output_dir: for the report.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.file = Path(output_dir) / "report.csv"
+        self.rows: dict[str, dict[str, object]] = {}
+        self.unlike: dict[str, list[str]] = {}
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.say)
 
+    def start(self, engine: Engine) -> None:
+        """Reads the report of an earlier run.
+
+        Raises:
+            UserError: a file of that name that is no such report.
+        """
+        if self.file.is_file():
+            with open(self.file, newline="") as file:
+                rows = list(csv.DictReader(file))
+            if not all({"scan", UNLIKE} <= set(row) for row in rows):
+                raise UserError(f"{self.file} is not a report of an inference; move it, or give another --output_dir.")
+            self.rows = {row["scan"]: row for row in rows}
+
     def __call__(self, engine: Engine) -> None:
         if isinstance(engine.state.output, list):  # else this scan could not be segmented
-            scan = engine.state.dataloader.dataset.data[engine.state.iteration - 1]
-            self.rows.append(self.row(image_files(scan), np.asarray(engine.state.output[0]["pred"][0].cpu())))
+            meta = engine.state.output[0]["pred"].meta
+            scan = Path(meta["filename_or_obj"]).name
+            rounded = {name: round(value, 4) for name, value in meta["measured"].items()}
+            self.rows[scan] = {"scan": scan, **rounded, UNLIKE: "; ".join(meta[UNLIKE])}
+            self.unlike[scan] = meta[UNLIKE]
             write_whole(self.file, self._write)
 
-    def row(self, files: Sequence[str], mask: np.ndarray) -> dict[str, object]:
-        """A line of the report of a scan and its mask (X, Y, Z), label values on the scan's grid."""
-        seen = glance(files)
-        voxel = math.prod(seen["spacing"]) / 1000
-        volumes = {label: int((mask == label).sum()) * voxel for label in self.labels}
-        found = measures(seen["spacing"], seen["shape"], seen["channels"], volumes)
-        said = unfamiliar(found, self.ranges)
-        rounded = {name: round(value, 4) for name, value in found.items()}
-        return {"scan": Path(files[0]).name, **rounded, "unlike the training cases": "; ".join(said)}
-
     def say(self, engine: Engine) -> None:
-        """Warns of each scan that is unlike the training cases."""
-        for row in self.rows:
-            if row["unlike the training cases"]:
-                logger.warning(
-                    "%s is unlike the scans this network was trained on, do not trust its mask unseen: %s.",
-                    row["scan"],
-                    row["unlike the training cases"],
-                )
+        """Warns of each scan of this run that is unlike the training cases."""
+        for scan, unlike in self.unlike.items():
+            warn(scan, unlike)
 
     def _write(self, partial: Path) -> None:
         text = io.StringIO()
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        columns = [name for name in dict.fromkeys(name for row in self.rows.values() for name in row) if name != UNLIKE]
+        writer = csv.DictWriter(text, [*columns, UNLIKE], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(self.rows.values())
         partial.write_text(text.getvalue())

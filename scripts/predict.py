@@ -20,6 +20,7 @@ from . import checkpoints
 from .data import scans
 from .engines import ScanDataset
 from .errors import UserError, first_cause
+from .familiar import UNLIKE, warn
 from .settings import BUNDLE_ROOT
 
 
@@ -74,6 +75,8 @@ class Predictor:
     ) -> np.ndarray:
         """Labels (X, Y, Z) on the image's own grid, uint8 or int16, with the values of the data set's files.
 
+        What about the scan is unlike the training cases is a warning of the logger "mednext".
+
         Args:
             image: a NIfTI file (of a case with a file a channel, any of them), a nibabel image, or an array (X, Y, Z)
                 or (channels, X, Y, Z).
@@ -86,7 +89,9 @@ class Predictor:
             case = self._prepared(image, affine)
             with torch.autocast(self.device.type, enabled=self.amp, **self.amp_kwargs):
                 scores = self.inferer(case["image"][None].to(self.device), self.network)[0]
-            return self.to_memory({**case, "pred": scores})["pred"][0].numpy()
+            mask = self.to_memory({**case, "pred": scores})["pred"]
+            warn(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])
+            return mask[0].numpy()
 
     def _prepared(self, image: object, affine: np.ndarray | None) -> dict:
         if not isinstance(image, str | Path):

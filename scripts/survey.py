@@ -83,19 +83,6 @@ def examine(case: dict, channels: int, values: Sequence[int], ignore: int | None
     }
 
 
-def glance(paths: Sequence[str]) -> dict:
-    """`shape`, `spacing` and `channels` of a scan, as `examine` says them of a case.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    channels = []
-    for _, image, voxels in _channels(paths):
-        scale, nonzero = _nonzero(image, voxels)
-        channels.append(_moments(voxels[nonzero], *scale))
-    return {**_grid(image), "channels": channels}
-
-
 def _ras(image: nib.Nifti1Image) -> np.ndarray:
     """Which stored axis is the grid's x, y, z."""
     return np.argsort(nib.io_orientation(image.affine)[:, 0])

@@ -73,7 +73,8 @@ def test_shared_settings_and_definitions_have_the_same_text():
     train, inference = read("train"), read("inference")
     for key in (
         "network_def",
-        "fixed_transforms",
+        "stored_transforms",
+        "grid_transforms",
         "network",
         "dataset_dir",
         "device",

@@ -4,11 +4,17 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import SHARED, bundle, save
+from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImaged, Orientationd
 
 from scripts.data import cases, channel_names, training_cases
-from scripts.familiar import Familiarity, learn, unfamiliar
+from scripts.errors import UserError
+from scripts.familiar import UNLIKE, Familiard, FamiliarityReport, MeasureScand, learn, unfamiliar
 from scripts.labels import read as read_labels
+from scripts.predict import Predictor
 
 RANGES = {
     "spacing x (mm)": [1.0, 1.5],
@@ -95,15 +101,75 @@ class TestInference:
         assert measure in printed.split(scan)[1]
 
 
-def test_volumes_are_those_of_the_mask_in_millilitres(tmp_path):
-    spacing = np.diag([2.0, 1.0, 0.5, 1.0])
-    path = save(tmp_path / "scan.nii.gz", np.ones((10, 10, 10), np.float32), spacing)
-    mask = np.zeros((10, 10, 10))
-    mask[:5] = 7
-    row = Familiarity({"volume of label 7 (ml)": [1.1, 1.2]}, str(tmp_path), [0, 7]).row([str(path)], mask)
-    assert row["volume of label 7 (ml)"] == 0.5
-    assert row["extent x (mm)"] == 20.0
-    assert row["unlike the training cases"] == "volume of label 7 (ml) is 0.5, in training 1.1 to 1.2"
+def test_a_scan_is_measured_on_its_own_grid_in_ras_order(tmp_path):
+    rng = np.random.default_rng(0)
+    voxels = rng.gamma(2, 100, (12, 10, 8)).astype(np.float32)
+    voxels[:3] = 0
+    affine = np.array([[0, 0, -3.0, 5], [-2.0, 0, 0, 6], [0, 1.5, 0, 7], [0, 0, 0, 1]])  # stored as (y, z, x), flipped
+    path = save(tmp_path / "scan.nii.gz", voxels, affine)
+    to_ras = [LoadImaged("image", ensure_channel_first=True), Orientationd("image", axcodes="RAS", labels=None)]
+    found = Compose([*to_ras, MeasureScand("image")])({"image": str(path)})["image"].meta["measured"]
+    kept = voxels[voxels != 0].astype(np.float64)
+    assert found == pytest.approx({
+        "spacing x (mm)": 3.0, "spacing y (mm)": 2.0, "spacing z (mm)": 1.5,
+        "extent x (mm)": 24.0, "extent y (mm)": 24.0, "extent z (mm)": 15.0,
+        "contrast of channel 0 (std / mean)": kept.std() / kept.mean(),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0])
+def test_a_scan_without_contrast_has_none(value):
+    image = MetaTensor(torch.full((1, 4, 4, 4), value), affine=torch.eye(4))
+    assert MeasureScand("image")({"image": image})["image"].meta["measured"][
+        "contrast of channel 0 (std / mean)"
+    ] == pytest.approx(0.0)
+
+
+def test_volumes_are_those_of_the_mask_in_millilitres():
+    mask = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
+    mask[:, :5] = 7
+    mask = MetaTensor(mask, affine=torch.diag(torch.tensor([-2.0, 1.0, 0.5, 1.0])), meta={"measured": {}})
+    meta = Familiard("pred", {"volume of label 7 (ml)": [1.1, 1.2]}, [0, 7])({"pred": mask})["pred"].meta
+    assert meta["measured"] == {"volume of label 7 (ml)": 0.5}
+    assert meta[UNLIKE] == ["volume of label 7 (ml) is 0.5, in training 1.1 to 1.2"]
+
+
+class TestReport:
+    """What happens to the file of an earlier run."""
+
+    def run(self, folder, scan, **measured):
+        """As the evaluator does, for one scan."""
+        mask = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"filename_or_obj": scan, "measured": measured, UNLIKE: []})
+        engine = Engine(lambda engine, batch: [{"pred": mask}])
+        FamiliarityReport(str(folder)).attach(engine)
+        engine.run([0])
+        with open(folder / "report.csv", newline="") as file:
+            return {row["scan"]: row for row in csv.DictReader(file)}
+
+    def test_lines_of_other_scans_stay_and_that_of_the_same_is_new(self, tmp_path):
+        self.run(tmp_path, "one.nii.gz", x=1.0)
+        self.run(tmp_path, "two.nii.gz", x=2.0)
+        rows = self.run(tmp_path, "one.nii.gz", x=3.0, y=4.0)
+        assert {scan: (row["x"], row["y"]) for scan, row in rows.items()} == {
+            "one.nii.gz": ("3.0", "4.0"),
+            "two.nii.gz": ("2.0", ""),
+        }
+
+    def test_a_file_that_is_no_such_report_is_not_overwritten(self, tmp_path):
+        (tmp_path / "report.csv").write_text("patient,age\n1,60\n")
+        with pytest.raises(UserError, match="report.csv is not a report of an inference"):
+            self.run(tmp_path, "one.nii.gz")
+        assert (tmp_path / "report.csv").read_text() == "patient,age\n1,60\n"
+
+
+def test_python_is_warned_as_well(trained, phantom_dir, caplog):
+    image = nib.load(cases(phantom_dir)[0]["image"])
+    predictor = Predictor.load(trained / "model.pt")
+    with caplog.at_level("WARNING", "mednext"):
+        predictor(image.get_fdata() - 1e4, image.affine)
+    (said,) = caplog.messages
+    assert said.startswith("the image is unlike the scans this network was trained on")
+    assert "contrast of channel 0" in said
 
 
 @pytest.mark.skipif(not (SHARED / "Task04_Hippocampus").is_dir(), reason="needs the real hippocampus scans")

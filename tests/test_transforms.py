@@ -28,7 +28,7 @@ def fixed_transforms(spacing=(1.0, 1.0, 1.0)) -> Compose:
     """The bundle's own chain up to, and without, the intensity normalisation."""
     parser = ConfigParser()
     parser.read_config("configs/train.json")
-    parser["fixed_transforms"] = parser["fixed_transforms"][:-1]
+    parser["grid_transforms"] = parser["grid_transforms"][:-1]
     parser["spacing"], parser["in_channels"] = list(spacing), 1
     return Compose(parser.get_parsed_content("fixed_transforms"))
 
