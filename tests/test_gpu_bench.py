@@ -102,7 +102,7 @@ class TestBenchmark:
 def test_auto_takes_triton_where_it_was_measured_to_be_faster(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-    monkeypatch.setattr(gpu, "unsuitable", lambda x: None)
+    monkeypatch.setattr(gpu, "unsuitable", lambda x, kernel_size: None)
 
     class OnGPU(torch.Tensor):
         is_cuda = True
@@ -125,17 +125,19 @@ def test_auto_takes_triton_where_it_was_measured_to_be_faster(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("x", "reason"),
+    ("x", "kernel_size", "reason"),
     [
-        (torch.zeros(1, 16, 4, 4), "3D"),
-        (torch.zeros(1, 16, 4, 4, 4, dtype=torch.float64), "it needs float32, float16 or bfloat16"),
-        (torch.zeros(1, 16, 4, 4, 4, device="meta"), "the input is on meta, not on a GPU"),
+        (torch.zeros(1, 16, 4, 4), 3, "3D"),
+        (torch.zeros(1, 16, 4, 4, 4, dtype=torch.float64), 3, "it needs float32, float16 or bfloat16"),
+        (torch.zeros(1, 16, 4, 4, 4), 9, "a depthwise kernel of 9 is none of 3, 5, 7"),
+        (torch.zeros(1, 16, 4, 4, 4, device="meta"), 3, "the input is on meta, not on a GPU"),
+        ([], 3, "the input is a list, not a plain tensor"),
     ],
 )
-def test_triton_asked_for_by_name_says_why_it_cannot_be(x, reason, monkeypatch):
+def test_triton_asked_for_by_name_says_why_it_cannot_be(x, kernel_size, reason, monkeypatch):
     monkeypatch.setattr(gpu, "INSTALLED", True)
     with pytest.raises(RuntimeError, match=rf'kernels="triton" cannot be used: .*{reason}.*Use kernels="auto"'):
-        kernels.choose("triton", x)
+        kernels.choose("triton", x, kernel_size=kernel_size)
 
 
 def test_without_triton_everything_but_triton_by_name_runs(monkeypatch):

@@ -28,7 +28,7 @@ def check(kernels: str) -> str:
 
 
 def choose(
-    kernels: str, x: torch.Tensor, why_not: str | None = None, compiled: bool = True, kernel_size: int = 1
+    kernels: str, x: torch.Tensor, why_not: str | None = None, compiled: bool = True, kernel_size: int | None = None
 ) -> ModuleType:
     """The module whose operations suit the tensor.
 
@@ -38,7 +38,7 @@ def choose(
         x: (N, C, *space).
         why_not: what about the operation only the reference can do.
         compiled: whether the operation has a part that is compiled, which "cpu" by name insists on.
-        kernel_size: of the depthwise convolution.
+        kernel_size: of the operation's depthwise convolution, if it has one.
 
     Raises:
         RuntimeError: what was asked for by name cannot run on this tensor or this machine; says why.
@@ -46,7 +46,7 @@ def choose(
     if kernels == "reference":
         return reference
     ops = gpu if kernels == "triton" or (kernels == "auto" and x.is_cuda) else cpu
-    reason = why_not or ops.unsuitable(x)
+    reason = why_not or ops.unsuitable(x, kernel_size)
     if kernels == "auto":
         return reference if reason or (ops is gpu and not measured.faster(x, kernel_size)) else ops
     reason = reason or (cpu.missing(x) if compiled and ops is cpu else None)

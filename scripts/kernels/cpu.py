@@ -25,17 +25,17 @@ from ..files import write_whole
 from . import composed, native
 from . import expansion as expansions
 from .expansion import Layers
-from .reference import CONV, Moments, Weights, channels_last, plain, pointwise  # noqa: F401
+from .reference import CONV, Moments, Weights, channels_last, foreign, plain, pointwise  # noqa: F401
 
 TILE_BYTES = 2**21  # of the hidden layer of a tile; from 1 to 4 MiB made no difference on 1 MiB of L2 a core
 
 
-def unsuitable(x: torch.Tensor) -> str | None:
-    """Why the operations below cannot run on x (N, C, *space), if they cannot."""
+def unsuitable(x: torch.Tensor, kernel_size: int | None = None) -> str | None:
+    """Why the operations below cannot run on x (N, C, *space), if they cannot; they can with any kernel."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "a graph is being recorded, which needs stock operators"
-    if type(x) is not torch.Tensor and not hasattr(x, "as_tensor"):  # MONAI's MetaTensor has it
-        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if reason := foreign(x):
+        return reason
     if x.device.type != "cpu" or x.dtype not in native.STORED:
         return f"the input is {x.dtype} on {x.device}; it needs float32, bfloat16 or float64 on a CPU"
     return None

@@ -18,21 +18,24 @@ from torch.library import custom_op
 from . import expansion as expansions
 from .expansion import Kept
 from .measured import constant
-from .reference import Moments, Weights, channels_last, plain, pointwise  # noqa: F401
+from .reference import Moments, Weights, channels_last, foreign, plain, pointwise  # noqa: F401
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_SIZES = (3, 5, 7)
 OLDEST = (8, 0)  # compute capability: Ampere
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def unsuitable(x: Tensor) -> str | None:
-    """Why the operations below cannot run on x (N, C, D, H, W), if they cannot."""
+def unsuitable(x: Tensor, kernel_size: int | None = None) -> str | None:
+    """Why the operations below cannot run on x (N, C, D, H, W) with such a depthwise kernel, if they cannot."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "a graph is being recorded, which needs stock operators"
-    if not (isinstance(x, Tensor) and (type(x) is Tensor or hasattr(x, "as_tensor"))):  # MONAI's MetaTensor has it
-        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if reason := foreign(x):
+        return reason
     if x.dim() != 5 or x.dtype not in DTYPES or x.shape[1:].numel() // x.shape[2] >= 2**31:
         return f"the input is {x.dtype} of {tuple(x.shape)}; it needs float32, float16 or bfloat16 in 3D"
+    if kernel_size not in (None, *KERNEL_SIZES):
+        return f"a depthwise kernel of {kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
     if not INSTALLED:
         return "Triton is not installed (pip install triton)"
     if not x.is_cuda:

@@ -41,6 +41,13 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x)
 
 
+def foreign(x: object) -> str | None:
+    """Why kernels, which know `plain` tensors alone, cannot take x, if they cannot."""
+    if type(x) is torch.Tensor or hasattr(x, "as_tensor"):
+        return None
+    return f"the input is a {type(x).__name__}, not a plain tensor"
+
+
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1x1 convolution, (N, C, *space) -> (N, K, *space): a matrix product on channels-last memory; weight (K, C)."""
     return F.linear(plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
