@@ -10,7 +10,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -110,7 +110,8 @@ class MeasureScand(MapTransform):
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
             image = data[key]
-            image.meta["measured"] = measures(image.pixdim.tolist(), image.shape[1:], [*map(_contrast, image)])
+            contrasts = [_contrast(channel) for channel in image.as_tensor()]  # MetaTensors copy metadata each time
+            image.meta["measured"] = measures(image.pixdim.tolist(), image.shape[1:], contrasts)
         return data
 
 
@@ -142,13 +143,13 @@ class Familiard(MapTransform):
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
             mask = data[key]
-            counts = {label: int((mask == label).sum()) for label in self.labels}
+            counts = {label: int((mask.as_tensor() == label).sum()) for label in self.labels}
             found = {**mask.meta["measured"], **volumes(counts, float(mask.affine[:3, :3].det().abs()))}
             mask.meta |= {"measured": found, UNLIKE: unfamiliar(found, self.ranges)}
         return data
 
 
-def warn(scan: str, unlike: Iterable[str]) -> None:
+def warn(scan: str, unlike: Sequence[str]) -> None:
     """Says of a scan what about it is unlike the training cases, if anything is."""
     if unlike:
         logger.warning(

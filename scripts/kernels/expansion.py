@@ -103,9 +103,8 @@ def backward(
     if along is None:
         dw2 = dsecond.sum(0)
     else:
-        dw2 = (dsecond * _factor(weights, kept, over_sum)[:, None]).sum(0) + torch.outer(
-            dend, weights.grn_beta.to(wide)
-        )
+        factor = _factor(weights, kept, over_sum)
+        dw2 = (dsecond * factor[:, None]).sum(0) + torch.outer(dend, weights.grn_beta.to(wide))
     dw1 = dfirst * gamma + torch.outer(dstart, beta)
     grads = Weights((dfirst * w1).sum(0), dstart @ w1, dw1, dstart, dw2, dend, *grn)
     return dy, Weights(*(d if d is None else d.to(t.dtype) for d, t in zip(grads, weights, strict=True)))
