@@ -2,7 +2,7 @@
 
 from .blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
 from .mednext import MedNeXt, create_mednext, create_mednext_v1, create_mednext_v2
-from .upkern import upkern_load_weights
+from .weights.upkern import upkern_load_weights
 
 __all__ = [
     "MedNeXt",

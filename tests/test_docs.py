@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -10,10 +11,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from scripts.convert import convert
-from scripts.crossval import cross_validate
-from scripts.layouts import convert_layout
-from scripts.memory import memory
+from scripts.__main__ import COMMANDS
 
 PAGES = sorted((ROOT / "docs/how-to").glob("*.md"))
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
@@ -43,9 +41,9 @@ def test_commands_name_settings_that_exist():
     for command in re.findall(r"monai\.bundle run .*(?:\\\n.*)*", text):
         for name in re.findall(r"--(\w+)", command):
             assert name == "config_file" or f'"{name}"' in configs, f"--{name} in {command}"
-    modules = {"convert": convert, "memory": memory, "layouts": convert_layout, "crossval": cross_validate}
-    for module, function in modules.items():
-        commands = re.findall(rf"python -m (?:scripts|mednext)\.{module} ([^`\n#]*)", text)
-        assert commands
-        given, takes = set(re.findall(r"--(\w+)", " ".join(commands))), inspect.signature(function).parameters
+    for name, (module, function, _) in COMMANDS.items():
+        takes = inspect.signature(getattr(importlib.import_module(f"scripts.{module}"), function)).parameters
+        commands = re.findall(rf"python -m (?:scripts|mednext) {name} ([^`\n#]*)", text)
+        assert commands, name
+        given = set(re.findall(r"--(\w+)", " ".join(commands)))
         assert all(name in takes or ("values" in takes and f'"{name}"' in configs) for name in given), given

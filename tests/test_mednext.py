@@ -8,8 +8,8 @@ from monai.networks.nets.mednext import MedNeXt as MonaiMedNeXt
 from monai.networks.nets.mednext import create_mednext as monai_mednext
 
 from scripts.blocks import MedNeXtBlock
-from scripts.checkpoints import to_monai
 from scripts.mednext import LAYOUTS, SIZES, MedNeXt, create_mednext, create_mednext_v1, create_mednext_v2
+from scripts.weights.checkpoints import to_monai
 
 # What two orders of summation in float64 may differ by, at gradients up to 1e3: measured, 2e-11 at most. The absolute
 # part is for conv1.bias: the norm after it takes the mean away, so its gradient is zero, and the computed one rounding.

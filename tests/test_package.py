@@ -18,7 +18,7 @@ for name in ("monai", "nibabel", "ignite", "numpy", "scipy", "tensorboard", "tqd
 import torch
 import mednext
 from mednext import MedNeXt, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, create_mednext_v1, upkern_load_weights
-from mednext.checkpoints import read
+from mednext.weights.checkpoints import read
 
 small = create_mednext_v1(1, 2, "S", 3, True)
 large = upkern_load_weights(create_mednext_v1(1, 2, "S", kernel_size=5, deep_supervision=True), small)

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, gpu, measured, reference
+from . import autotune as measured
+from . import cpu, reference
+from . import triton_ops as gpu
 
 KERNELS = ("auto", "reference", "cpu", "triton")
 

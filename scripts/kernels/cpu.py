@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ..files import write_whole
-from . import composed, native
-from . import expansion as expansions
-from .expansion import Layers
+from ..utils.files import write_whole
+from . import fallback as composed
+from . import mlp as expansions
+from . import native
+from .mlp import Layers
 from .reference import CONV, Moments, Weights, channels_last, foreign, plain, pointwise  # noqa: F401
 
 TILE_BYTES = 2**21  # of the hidden layer of a tile; from 1 to 4 MiB made no difference on 1 MiB of L2 a core

@@ -1,0 +1,43 @@
+"""Run the commands that are not configurations of MONAI: `python -m scripts COMMAND --setting value`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from .utils.errors import UserError, command
+
+COMMANDS = {  # name -> module, function, what it does
+    "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
+    "convert_weights": ("weights.convert", "convert", "weights of MIC-DKFZ/MedNeXt or MONAI to this bundle and back"),
+    "convert_dataset": ("data.convert", "convert_layout", "a Decathlon folder to an nnU-Net v2 folder and back"),
+    "benchmark_cpu": ("benchmarks.cpu", "bench", "time this network beside others on this CPU"),
+    "benchmark_gpu": ("benchmarks.gpu", "bench", "time this network beside others on this GPU, and tune its kernels"),
+    "benchmark_memory": ("benchmarks.memory", "memory", "what a training step keeps, for each way of checkpointing"),
+    "compile_triton": ("benchmarks.compile_triton", "report", "compile the Triton kernels for GPUs that are not there"),
+}
+
+
+def main() -> None:
+    """Runs the command that the first argument names.
+
+    Raises:
+        UserError: there is no such command, or it needs the whole bundle and only the wheel is installed.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        print("\n".join(f"{key:18}{text}" for key, (_, _, text) in COMMANDS.items()))
+        sys.exit(f"error: {name!r} is no command; give one of those above." if name not in ("", "--help", "-h") else 0)
+    module, function, _ = COMMANDS[name]
+    try:
+        found = importlib.import_module(f".{module}", __package__)
+    except ModuleNotFoundError as e:
+        if not (e.name or "").startswith(f"{__package__}."):
+            raise
+        raise UserError(f"{name} needs the whole bundle; clone it and run the command there.") from e
+    sys.argv = [f"{__package__} {name}", *sys.argv[2:]]
+    command(getattr(found, function))
+
+
+if __name__ == "__main__":
+    main()

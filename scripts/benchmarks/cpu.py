@@ -1,0 +1,321 @@
+"""MedNeXt's speed on this CPU beside other implementations: `python -m scripts benchmark_cpu`.
+
+Every implementation runs in a process of its own, and one after another within a round, so that whatever else the
+machine does meets all of them alike. The tests of the kernels run first; if one fails, nothing is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..kernels.cpu import linear
+from ..mednext import KERNEL_SIZES, create_mednext_v1
+from ..utils.device import settle
+from ..utils.errors import UserError
+
+TURN = 3.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Task(NamedTuple):
+    """What is timed, of one input channel and three classes."""
+
+    trains: bool
+    shape: tuple[int, ...]  # N, C, D, H, W
+
+
+TASKS = {
+    "step": Task(True, (2, 1, 48, 64, 48)),  # forward, backward and AdamW, with deep supervision
+    "64": Task(False, (1, 1, 64, 64, 64)),
+    "128": Task(False, (1, 1, 128, 128, 128)),
+}
+
+
+class Contender(NamedTuple):
+    """Who runs it, in which memory format and precision."""
+
+    label: str
+    builder: str  # a key of BUILDERS
+    channels_last: bool = False
+    bfloat16: bool = False  # autocast
+
+
+CONTENDERS = [
+    Contender("original", "original"),
+    Contender("original, channels last", "original", channels_last=True),
+    Contender("original, bfloat16", "original", bfloat16=True),
+    Contender("MONAI", "monai"),
+    Contender("ours, reference", "reference"),
+    Contender("ours", "ours"),
+    Contender("ours, bfloat16", "ours", bfloat16=True),
+]
+
+
+# ---- one process: builds networks and times them as it is told
+
+
+def _original(size: str, kernel_size: int, checkout: str) -> nn.Module:
+    """The network of a checkout of MIC-DKFZ/MedNeXt, without the rest of that package and what it needs."""
+    package = types.ModuleType("nnunet_mednext")
+    package.__path__ = [str(Path(checkout) / "nnunet_mednext")]
+    sys.modules["nnunet_mednext"] = package
+    from nnunet_mednext.network_architecture.mednextv1.create_mednext_v1 import create_mednext_v1 as create
+
+    return create(1, 3, size, kernel_size, deep_supervision=True)
+
+
+def _monai(size: str, kernel_size: int, checkout: str) -> nn.Module:
+    from monai.networks.nets.mednext import create_mednext
+
+    return create_mednext(size, 3, 1, 3, kernel_size, deep_supervision=True)
+
+
+def _ours(size: str, kernel_size: int, checkout: str) -> nn.Module:
+    settle("cpu")
+    return create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True)
+
+
+def _with(kernels: str) -> Callable[[str, int, str], nn.Module]:
+    return lambda size, kernel_size, checkout: create_mednext_v1(
+        1, 3, size, kernel_size, deep_supervision=True, kernels=kernels
+    )
+
+
+BUILDERS = {
+    "original": _original, "monai": _monai, "reference": _with("reference"), "ours": _ours, "triton": _with("triton")
+}  # fmt: skip
+
+
+def work(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str], checkout: str) -> None:
+    """Reads names of tasks from standard input, writes `[seconds, peak bytes]` for each as a line of JSON.
+
+    A turn repeats its task for TURN seconds at least, and its last run counts: processes have waited before.
+    """
+    torch.manual_seed(0)
+    network = BUILDERS[contender.builder](size, kernel_size, checkout)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, eps=1e-4)
+    images = {name: torch.randn(TASKS[name].shape) for name in tasks}
+    if contender.channels_last:
+        network = network.to(memory_format=torch.channels_last_3d)
+        images = {name: image.contiguous(memory_format=torch.channels_last_3d) for name, image in images.items()}
+
+    def run(task: Task, image: torch.Tensor) -> None:
+        network.train(task.trains)
+        autocast = torch.autocast("cpu", torch.bfloat16) if contender.bfloat16 else nullcontext()
+        with torch.set_grad_enabled(task.trains), autocast:
+            outputs = network(image)
+        if task.trains:
+            optimizer.zero_grad()
+            sum(y.float().square().mean() for y in outputs).backward()
+            optimizer.step()
+
+    for line in sys.stdin:
+        name = line.strip()
+        _reset_peak()
+        begun = time.perf_counter()
+        while True:
+            start = time.perf_counter()
+            run(TASKS[name], images[name])
+            end = time.perf_counter()
+            if end - begun > TURN:
+                break
+        print(json.dumps([end - start, _peak()]), flush=True)
+
+
+def _reset_peak() -> None:
+    with suppress(OSError):  # where that does not work, the peak is that of the process's life
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---- the process that asks
+
+
+class _Worker:
+    def __init__(self, *job: object) -> None:
+        code = "import json, sys; from scripts.benchmarks.cpu import Contender, work; "
+        code += "c, *job = json.loads(sys.argv[1]); work(Contender(*c), *job)"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def run(self, task: str) -> tuple[float, int]:
+        try:
+            print(task, file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+            return tuple(json.loads(line))
+        except (BrokenPipeError, json.JSONDecodeError) as e:
+            raise UserError("an implementation failed; its error is above.") from e
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def multiplications(size: str, kernel_size: int, task: Task) -> int:
+    """Of a forward pass; backward takes twice as many again. Convolutions only, which are over 99 %."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True, kernels="reference")
+        network.train(task.trains)(torch.empty(task.shape))
+    return counter.get_total_flops() // 2 * (3 if task.trains else 1)
+
+
+def peak_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds a second of the best of some matrix products, by PyTorch's library for them and by oneDNN."""
+    a, b, seconds = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype), []
+    for product in [lambda: a @ b, lambda: linear(a, b)] * 10:
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return 2048**3 / min(seconds)
+
+
+def test(file: str) -> None:
+    """Runs tests of kernels.
+
+    Raises:
+        UserError: one failed.
+    """
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", file], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            f"the tests of the kernels fail, so nothing is measured:\n{(done.stdout + done.stderr).strip()[-2000:]}\n"
+            "They take pip install -r requirements-dev.txt and a checkout of the bundle."
+        )
+
+
+def listed(values: object) -> list:
+    """One value of a command line as a list of one."""
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def check(original: str | None, **known: tuple[Sequence, Iterable]) -> None:
+    """Compares arguments by name, as (given, possible).
+
+    Raises:
+        UserError: a value is not possible, or `original` is no checkout of MIC-DKFZ/MedNeXt.
+    """
+    for name, (given, possible) in known.items():
+        if not {*given} <= {*possible}:
+            raise UserError(f"{name} is {given}; expected some of {', '.join(map(str, possible))}.")
+    if original is not None and not (Path(original) / "nnunet_mednext/network_architecture/mednextv1").is_dir():
+        raise UserError(f"{original} is no checkout of MIC-DKFZ/MedNeXt: it has no nnunet_mednext with MedNeXt v1.")
+
+
+def bench(
+    sizes: Sequence[str] = ("S", "B"),
+    kernel_sizes: Sequence[int] = (3, 5),
+    tasks: Sequence[str] = tuple(TASKS),
+    rounds: int = 3,
+    original: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Prints a table in Markdown: for each task, network and implementation median and spread of seconds, how many
+    times as fast as the first implementation, peak memory, and the share of the arithmetic limit.
+
+    Args:
+        sizes: rows of the paper's table.
+        kernel_sizes: depthwise kernels.
+        tasks: some of TASKS: "step", a training step of 2 x 48 x 64 x 48 voxels; "64" and "128", a forward pass of one
+            cube of that edge.
+        rounds: how often each is timed, after once to warm up.
+        original: folder of a checkout of MIC-DKFZ/MedNeXt, whose network is then compared too.
+        output: a file for the table.
+
+    Raises:
+        UserError: an argument is none of its values, or a test of the kernels failed.
+    """
+    sizes, kernel_sizes, tasks = map(listed, (sizes, kernel_sizes, tasks))
+    tasks = [str(task) for task in tasks]
+    check(original, sizes=(sizes, "SBML"), kernel_sizes=(kernel_sizes, KERNEL_SIZES), tasks=(tasks, TASKS))
+    test("tests/kernels/test_cpu.py")
+    lines = _table(sizes, kernel_sizes, tasks, rounds, original)
+    if output is not None:
+        Path(output).write_text("\n".join(lines) + "\n")
+
+
+def _table(
+    sizes: Sequence[str], kernel_sizes: Sequence[int], tasks: Sequence[str], rounds: int, original: str | None
+) -> list[str]:
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    rates = {bfloat16: peak_rate(torch.bfloat16 if bfloat16 else torch.float32) for bfloat16 in (False, True)}
+    say(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,"
+        f" torch {torch.__version__}, Python {platform.python_version()}; matrix products reach"
+        f" {rates[False] / 1e9:.0f} (float32) and {rates[True] / 1e9:.0f} (bfloat16) G multiply-adds/s."
+        f" Medians of {rounds}."
+    )
+    say("")
+    say("| task | network | implementation | seconds | from .. to | times as fast | peak memory | share of the limit |")
+    say("|---|---|---|---|---|---|---|---|")
+    for size in sizes:
+        for kernel_size in kernel_sizes:
+            found = _measured(size, kernel_size, tasks, rounds, original)
+            for name in tasks:
+                least = multiplications(size, kernel_size, TASKS[name])
+                baseline = math.nan
+                for contender, runs in ((c, r[name]) for c, r in found.items() if r[name]):
+                    seconds = [run[0] for run in runs]
+                    median = statistics.median(seconds)
+                    baseline = median if math.isnan(baseline) else baseline
+                    say(
+                        f"| {name} | {size} k{kernel_size} | {contender.label} | {median:.2f} |"
+                        f" {min(seconds):.2f} .. {max(seconds):.2f} | {baseline / median:.1f} |"
+                        f" {max(run[1] for run in runs) / 2**30:.1f} GiB |"
+                        f" {least / rates[contender.bfloat16] / median:.0%} |"
+                    )
+    return lines
+
+
+def _measured(
+    size: str, kernel_size: int, tasks: Sequence[str], rounds: int, original: str | None
+) -> dict[Contender, dict[str, list[tuple[float, int]]]]:
+    taking_part = [c for c in CONTENDERS if c.builder != "original" or original is not None]
+    workers = {c: _Worker(c, size, kernel_size, tasks, original) for c in taking_part}
+    found: dict = {c: {name: [] for name in tasks} for c in taking_part}
+    try:
+        for name in tasks:
+            for number in range(rounds + 1):
+                for contender, worker in workers.items():
+                    if TASKS[name].trains and contender.bfloat16:
+                        continue  # training on a CPU is float32 in this bundle
+                    run = worker.run(name)
+                    if number:
+                        found[contender][name].append(run)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return found

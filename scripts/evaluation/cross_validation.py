@@ -1,0 +1,171 @@
+"""All folds in one command, and one table of cases that no network had seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from monai.bundle import ConfigParser
+
+from ..data.datasets import cases
+from ..data.datasets import folds as folds_of
+from ..utils.errors import UserError
+from ..weights import model_settings as settings
+from ..weights.checkpoints import load
+from ..weights.model_settings import BUNDLE_ROOT
+from .metrics import with_nan, write_tables
+
+TRAIN = "configs/train.json"
+
+
+def cross_validate(
+    dataset_dir: str,
+    config_file: str | Sequence[str] = TRAIN,
+    ckpt_dir: str = "models",
+    output_dir: str = "eval",
+    folds: int | Sequence[int] | None = None,
+    **values,
+) -> None:
+    """Trains and scores folds one after the other, each in a process of its own; what is done already is left as it is.
+
+    Fold 0 has its weights in `ckpt_dir/fold_0` and its scores in `output_dir/fold_0`, and so on. When all folds are
+    there their scores are pooled in `output_dir`, and the post-processing is decided and laid beside the weights of
+    each, see `pool` and postprocess.py. The last weights of a training are scored, not those that its cases chose.
+
+    Args:
+        dataset_dir: a Decathlon or nnU-Net v2 folder.
+        config_file: the training config and its overlays.
+        ckpt_dir: for the weights.
+        output_dir: for the scores.
+        folds: which to run here, for example `--folds 2` or `--folds "[0,1]"`; all by default. Several machines may
+            each run some; the last one pools.
+        values: any name of the control panel with its value; `{fold}` in it becomes the number of the fold, for
+            example `--upkern_from "k3/fold_{fold}/model.pt"`, so that no network starts from one that saw its cases.
+
+    Raises:
+        UserError: folds that share held-out cases or leave cases out, a fold that is not there, earlier weights of
+            other settings, or a fold that failed; started again, the command goes on where it stopped.
+    """
+    files = [_found(path) for path in ([config_file] if isinstance(config_file, str) else config_file)]
+    if refused := {"fold", "resume", "save_predictions"} & set(values):
+        raise UserError(
+            f"--{min(refused)} is set by cross-validation itself; leave it out (--folds 2 runs fold 2 alone)."
+        )
+    existing = range(len(checked_folds(dataset_dir)))
+    wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
+    if unknown := [fold for fold in wanted if fold not in existing]:
+        raise UserError(f"{dataset_dir} has no fold {unknown[0]}; expected 0 to {existing[-1]}.")
+    panel = {**ConfigParser.load_config_files(files), **values}
+    memory = {"check_cases#memory": f"{output_dir}/checked.json"}  # every fold checks the same files
+    for fold in wanted:
+        weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
+        own = {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in values.items()}
+        common = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores, **memory, **own}
+        trained = _epochs_done(weights)
+        _check_same(weights, panel)
+        if trained < panel["epochs"]:
+            print(f"fold {fold}: training", flush=True)
+            resume = {"resume": True} if trained else {}
+            _run("training", files, {"keep": "last", **common, "fold": fold, **resume})
+        if not _newer(f"{scores}/summary.json", f"{weights}/model.pt"):
+            print(f"fold {fold}: scoring", flush=True)
+            _run("evaluating", [*files, _found("configs/evaluate.json")], common)
+    missing = [fold for fold in existing if not Path(output_dir, f"fold_{fold}", "summary.json").is_file()]
+    if missing:
+        print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
+        return
+    common = {"dataset_dir": dataset_dir, "ckpt_dir": ckpt_dir, "output_dir": output_dir, **values}
+    _run("pooling", [*files, _found("configs/pool.json")], common)
+    for fold in existing:
+        shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
+
+
+def checked_folds(dataset_dir: str) -> list[dict[str, list[str]]]:
+    """The folds of a data set, each of whose cases is held out once.
+
+    Raises:
+        UserError: a case is held out by two folds, or by none.
+    """
+    found = folds_of(dataset_dir)
+    held_out = Counter(name for fold in found for name in fold["val"])
+    path = Path(dataset_dir) / "splits_final.json"
+    if twice := [name for name, count in held_out.items() if count > 1]:
+        raise UserError(f"{path} holds out case {twice[0]} in {held_out[twice[0]]} folds; let each be in one.")
+    if never := sorted({case["case"] for case in cases(dataset_dir)} - set(held_out)):
+        raise UserError(f"{path} never holds out case {never[0]} ({len(never)} in all); let each be in one fold.")
+    return found
+
+
+def _epochs_done(weights: str) -> int:
+    checkpoint = Path(weights, "training", "checkpoint.pt")
+    return load(checkpoint)["epoch"] if checkpoint.is_file() else 0
+
+
+def _check_same(weights: str, panel: Mapping[str, object]) -> None:
+    """Raises UserError if the weights of an earlier run have other settings than the control panel, as far as it is
+    written out."""
+    for name, value in settings.read(f"{weights}/model.pt").items():
+        wanted = panel.get(name, value)
+        derived = isinstance(wanted, Mapping) or (isinstance(wanted, str) and wanted.startswith(("$", "@")))
+        if name != "fold" and not derived and wanted != value:
+            raise UserError(
+                f"{weights} was trained with {name} {value}, this cross-validation has {wanted}; give another"
+                " --ckpt_dir and --output_dir, or the same settings."
+            )
+
+
+def _newer(one: str, other: str) -> bool:
+    return Path(one).is_file() and Path(one).stat().st_mtime >= Path(other).stat().st_mtime
+
+
+def _found(path: str) -> str:
+    """A config's path from here, or else from the bundle."""
+    return path if Path(path).is_file() else str(Path(BUNDLE_ROOT, path))
+
+
+def _run(name: str, files: Sequence[str], values: Mapping[str, object]) -> None:
+    """`python -m monai.bundle run NAME` with the bundle on its path."""
+    arguments = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    started = [sys.executable, "-m", "monai.bundle", "run", name, "--config_file", str(list(files)), *arguments]
+    path = os.pathsep.join([BUNDLE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if subprocess.run(started, env={**os.environ, "PYTHONPATH": path}).returncode:
+        raise UserError(
+            f"{name} failed, as said above; mend it and start the same command again: it goes on from here."
+        )
+
+
+def pool(output_dir: str, classes: Sequence[str], tolerance: float) -> None:
+    """One table of all folds' scores, and one folder of their masks.
+
+    Args:
+        output_dir: with `fold_0`, `fold_1`, .. as scoring left them; for `cases.csv`, `summary.csv`, `summary.json` and
+            `predictions/`.
+        classes: names of the classes that were scored.
+        tolerance: of the surface Dice in mm.
+
+    Raises:
+        UserError: two folds scored one case, which those of another split may have left.
+    """
+    rows, scored_by = [], {}
+    for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
+        for row in json.loads((folder / "summary.json").read_text())["cases"]:
+            first = scored_by.setdefault(row["case"], folder)
+            if first != folder:
+                raise UserError(
+                    f"{first} and {folder} both scored case {row['case']}; one of them is of another split: move it"
+                    " away, with its weights, and train it again."
+                )
+            rows.append({key: with_nan(value) for key, value in row.items()})
+    write_tables(output_dir, rows, classes, tolerance)
+    masks = Path(output_dir, "predictions")
+    masks.mkdir(exist_ok=True)
+    for case, folder in scored_by.items():
+        mask = masks / f"{case}_seg.nii.gz"
+        mask.unlink(missing_ok=True)
+        shutil.copy2(folder / "predictions" / mask.name, mask)

@@ -1,0 +1,286 @@
+"""The scores of an evaluation as one page for a person: tables, box plots, pictures, and what made them."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from string import Template
+
+import ignite
+import matplotlib
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+from ..data.datasets import image_files
+from ..data.visualization import COLOURS, fullest_slice, overlay
+from ..utils.files import write_whole
+from ..weights import model_settings
+
+METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
+DECIMALS = {"dice": 3, "nsd": 3, "hd95_mm": 2}
+VIEW = "LAS"  # the first voxel is the patient's right, rear, lowest: radiological once rows run from top to bottom
+PLANES = ("sagittal", "coronal", "axial")  # across x, y, z
+READING = (
+    "<p>From left to right: scan, reference, prediction, in the slice with most labelled voxels. The patient's right is"
+    " on the left, in sagittal slices the front is on the right.</p>"
+)
+
+
+def write(
+    output_dir: str,
+    items: Sequence[dict],
+    classes: Mapping[str, Sequence[int]],
+    label_values: Sequence[int],
+    tolerance: float,
+    save_predictions: bool,
+    dataset_dir: str,
+    weights: str,
+    device: str | torch.device,
+    settings: Mapping[str, object],
+) -> None:
+    """Writes `report.html` beside the tables of scores.py; the page needs no other file and no network.
+
+    Only the first process writes.
+
+    Args:
+        output_dir: folder with `cases.csv` and `summary.csv`, and `predictions/` if `save_predictions`.
+        items: the cases, with "case", "image" and "label".
+        classes: of each, the labels that belong to it, see labels.py.
+        label_values: values of the labels in the files, background first, without the one to ignore.
+        tolerance: of the surface Dice in mm.
+        save_predictions: whether there are masks to show.
+        dataset_dir: where the cases are from.
+        weights: the file that was scored; the settings beside it are shown, too.
+        device: what it ran on.
+        settings: what it ran with, by name; counts more than what lies beside the weights.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    folder = Path(output_dir)
+    rows, summary = _table(folder / "cases.csv"), _table(folder / "summary.csv")
+    means = _mean_dice(rows)
+    pictures = "<p>The masks were not saved (<code>save_predictions</code> is off): there is nothing to show.</p>"
+    if save_predictions:
+        cases = {case["case"]: case for case in items}
+        masks = {case: folder / "predictions" / f"{case}_seg.nii.gz" for case in cases}
+        shown = [_picture(role, cases[c], masks[c], label_values, means[c]) for c, role in _notable(means).items()]
+        pictures = "\n".join([READING, _legend(classes), *shown])
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+        title=escape(f"{Path(dataset_dir).resolve().name}: segmentation scores"),
+        headline=f"Mean Dice <b>{_number(summary[-1], 'dice')}</b>, cases: {len(means)}, classes: {len(classes)}.",
+        summary=_summary(summary),
+        tolerance=f"{tolerance:g}",
+        boxes=_box_plots(rows, classes),
+        pictures=pictures,
+        cases=_cases(rows, means, classes),
+        command=escape(shlex.join(sys.orig_argv)),
+        facts=_facts(dataset_dir, Path(weights), device, settings),
+    )
+    write_whole(folder / "report.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:
+    """Of each case, over the classes that have one; lowest first, nan last."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["case"], []).append(float(row["dice"]))
+    finite = {case: [dice for dice in values if math.isfinite(dice)] for case, values in found.items()}
+    means = {case: float(np.mean(values)) if values else math.nan for case, values in finite.items()}
+    return dict(sorted(means.items(), key=lambda item: (math.isnan(item[1]), item[1])))
+
+
+def _number(row: Mapping[str, str], metric: str) -> str:
+    return _text(float(row[metric]), DECIMALS[metric])
+
+
+def _text(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "—" if math.isnan(value) else "∞"
+
+
+# ---- tables
+
+
+def _row(name: object, cells: Iterable[object]) -> str:
+    cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+    return f'<tr><th scope="row">{escape(str(name))}</th>{cells}</tr>'
+
+
+def _summary(summary: Sequence[dict]) -> str:
+    heads = ["Class", "Cases", *METRICS.values(), "In neither mask", "In one mask only"]
+    lines = ["<thead><tr>", *(f'<th scope="col">{head}</th>' for head in heads), "</tr></thead><tbody>"]
+    for row in summary:
+        scores = [_number(row, metric) + _spread(row, metric) for metric in METRICS]
+        lines.append(_row(row["label"], [row["cases"], *scores, row["empty_in_both"], row["empty_in_one"]]))
+    return "\n".join([*lines, "</tbody>"])
+
+
+def _spread(row: Mapping[str, str], metric: str) -> str:
+    deviation = float(row[f"{metric}_std"] or math.nan)  # the mean of all classes has none
+    return f" ± {deviation:.{DECIMALS[metric]}f}" if math.isfinite(deviation) else ""
+
+
+def _cases(rows: Iterable[dict], means: Mapping[str, float], classes: Iterable[str]) -> str:
+    """Head and body of the table of all cases; headings with `aria-sort` come in the order of their columns."""
+    scores = {(row["case"], row["label"]): row for row in rows}
+    lines = [
+        "<thead><tr>",
+        '<th scope="col" rowspan="2" aria-sort="none">Case</th>',
+        '<th scope="col" rowspan="2" aria-sort="ascending">Mean Dice</th>',
+        *(f'<th scope="colgroup" colspan="{len(METRICS)}">{escape(name)}</th>' for name in classes),
+        "</tr><tr>",
+        *(f'<th scope="col" aria-sort="none">{head}</th>' for _ in classes for head in METRICS.values()),
+        "</tr></thead><tbody>",
+    ]
+    for case, mean in means.items():
+        cells = [_number(scores[case, name], metric) for name in classes for metric in METRICS]
+        lines.append(_row(case, [_text(mean, DECIMALS["dice"]), *cells]))
+    return "\n".join([*lines, "</tbody>"])
+
+
+def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings: Mapping[str, object]) -> str:
+    metadata = json.loads(Path(model_settings.BUNDLE_ROOT, "configs", "metadata.json").read_text())
+    device = torch.device(device)
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    groups = {
+        "Scored": {
+            "on": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+            "in": os.getcwd(),
+            "cases of": dataset_dir,
+            "weights": weights,
+            "their SHA-256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "device": f"{device}{gpu}",
+        },
+        "Settings": {
+            name: value if isinstance(value, str) else json.dumps(value, default=str)
+            for name, value in {**model_settings.read(weights), **settings}.items()
+        },
+        "Versions": {
+            metadata["name"]: metadata["version"],
+            "Python": platform.python_version(),
+            "PyTorch": torch.__version__,
+            "MONAI": monai.__version__,
+            "Ignite": ignite.__version__,
+            "nibabel": nib.__version__,
+            "NumPy": np.__version__,
+            "system": platform.platform(),
+        },
+    }
+    lines = []
+    for group, facts in groups.items():
+        lines.append(f'<tbody><tr><th scope="rowgroup" colspan="2">{group}</th></tr>')
+        lines += [_row(name, [value]) for name, value in facts.items()]
+        lines.append("</tbody>")
+    return "\n".join(lines)
+
+
+# ---- pictures
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _colour(members: Sequence[int]) -> np.ndarray:
+    return COLOURS[(members[0] - 1) % len(COLOURS)]
+
+
+def _box_plots(rows: Sequence[dict], classes: Mapping[str, Sequence[int]]) -> str:
+    """One panel a metric, one box and one dot a case for each class."""
+    random = np.random.default_rng(0)
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a class may be named $$1$$
+        figure = Figure(figsize=(11, 1.1 + 0.45 * len(classes)), layout="constrained")
+        panels = figure.subplots(1, len(METRICS), sharey=True)
+        for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
+            for at, (name, members) in enumerate(classes.items()):
+                values = np.array([float(row[metric]) for row in rows if row["label"] == name])
+                values = values[np.isfinite(values)]
+                if not values.size:
+                    continue
+                colour = _colour(members) / 255
+                panel.boxplot(
+                    values, positions=[at], widths=0.6, orientation="horizontal", showfliers=False, patch_artist=True,
+                    boxprops={"facecolor": (*colour, 0.3), "edgecolor": "0.3"}, medianprops={"color": "black"},
+                    whiskerprops={"color": "0.3"}, capprops={"color": "0.3"},
+                )  # fmt: skip
+                beside = at + random.uniform(-0.2, 0.2, len(values))
+                panel.plot(
+                    values, beside, "o", color=colour * 0.75, markersize=3, alpha=0.6, markeredgewidth=0, clip_on=False
+                )
+            panel.set_title(title, loc="left")
+            panel.grid(axis="x", color="0.92")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_xlim(*((-0.02, 1.02) if metric != "hd95_mm" else (0, None)))
+        panels[0].set_yticks(range(len(classes)), list(classes))
+        panels[0].set_ylim(len(classes) - 0.5, -0.5)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+    return _embedded(buffer.getvalue())
+
+
+def _legend(classes: Mapping[str, Sequence[int]]) -> str:
+    """Of each class, the colours of the labels that belong to it."""
+    entries = []
+    for name, members in classes.items():
+        patches = "".join(f'<i style="background:rgb{tuple(map(int, _colour([m])))}"></i>' for m in members)
+        entries.append(f"<li>{patches}{escape(name)}</li>")
+    return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def _notable(means: Mapping[str, float]) -> dict[str, str]:
+    """Case -> "Best", "Median", "Worst", or all that it is where there are fewer than three."""
+    ranked = [case for case, mean in means.items() if math.isfinite(mean)]
+    roles: dict[str, list[str]] = {}
+    if ranked:
+        for role, at in (("best", -1), ("median", (len(ranked) - 1) // 2), ("worst", 0)):
+            roles.setdefault(ranked[at], []).append(role)
+    return {case: ", ".join(names).capitalize() for case, names in roles.items()}
+
+
+def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dice: float) -> str:
+    """The slice with most labelled voxels, seen as a radiologist does; files are read one case at a time."""
+    (scan, spacing), (label, _), (prediction, _) = map(_turned, (image_files(case)[0], case["label"], mask))
+    axis, index = fullest_slice(label, prediction, spacing)
+    count = scan.shape[axis]
+    scan, label, prediction = (np.take(volume, [index], axis=axis) for volume in (scan, label, prediction))
+    # a voxel to ignore, whose value is beyond the last, becomes background
+    labels = (np.searchsorted(label_values, v.round()) % len(label_values) for v in (label, prediction))
+    buffer = io.BytesIO()
+    imsave(buffer, overlay(scan, *labels, spacing, height=320), format="png")
+    slice_name = f"{PLANES[axis]} slice {index + 1} of {count}"
+    return (
+        f'<figure class="case"><img src="{_embedded(buffer.getvalue())}" alt="Scan, reference and prediction of'
+        f' {escape(case["case"])}, {slice_name}"><figcaption><b>{role}: {escape(case["case"])}</b>,'
+        f" Dice {dice:.3f}, {slice_name}</figcaption></figure>"
+    )
+
+
+def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
+    """A file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
+    image = nib.load(path)
+    voxels = np.asanyarray(image.dataobj, dtype=np.float32)
+    voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
+    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(VIEW))
+    return apply_orientation(voxels, turn), [image.header.get_zooms()[axis] for axis in np.argsort(turn[:, 0])]

@@ -1,0 +1,140 @@
+"""The bundle's inference from Python: an array or a file in, labels on its own grid out, nothing on the disk.
+
+Everything is taken from `configs/inference.json`, so the voxels are those that the command writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImaged, SaveImaged
+
+from ..data.datasets import scans
+from ..utils.errors import UserError, first_cause
+from ..weights import checkpoints
+from ..weights.model_settings import BUNDLE_ROOT
+from .engines import ScanDataset
+from .out_of_distribution import UNLIKE, warn
+
+
+class Predictor:
+    """A network with its weights, the way to its grid and the way back.
+
+    Args:
+        config: `configs/inference.json`, with the settings that it is to have.
+    """
+
+    def __init__(self, config: ConfigParser) -> None:
+        with _unwrapped():
+            checkpoints.check(config.get_parsed_content("model_file"), config.get_parsed_content("network_def"))
+            weights = checkpoints.load(config.get_parsed_content("model_file"))
+            config.get_parsed_content("network_def").load_state_dict(weights)
+            self.network = config.get_parsed_content("evaluator#network").eval()
+            self.inferer = config.get_parsed_content("evaluator#inferer")
+            self.device = torch.device(config.get_parsed_content("device"))
+            self.amp, self.amp_kwargs = (config.get_parsed_content(name) for name in ("amp", "amp_kwargs"))
+            self.channels = config.get_parsed_content("in_channels")
+            self.from_file = config.get_parsed_content("preprocessing")
+            to_file = config.get_parsed_content("postprocessing")
+        self.from_memory = Compose([t for t in self.from_file.transforms if not isinstance(t, LoadImaged)])
+        self.to_memory = Compose([t for t in to_file.transforms if not isinstance(t, SaveImaged)])
+
+    @classmethod
+    def load(cls, weights: str | Path | None = None, device: str | torch.device | None = None, **settings) -> Predictor:
+        """From weights with their settings beside them.
+
+        Args:
+            weights: `models/model.pt` of the bundle by default.
+            device: the first GPU by default, else the CPU.
+            settings: values for names of the control panel of `configs/inference.json`, for example `overlap=0.75`.
+
+        Raises:
+            UserError: the weights are missing or another network's, or a name is not in the config.
+        """
+        path = Path(BUNDLE_ROOT) / "configs/inference.json"
+        if not path.is_file():
+            raise UserError(f"{path} not found; predicting takes a clone of the bundle, whose root is on PYTHONPATH.")
+        config = ConfigParser()
+        config.read_config(str(path))
+        given = {"model_file": weights and str(weights), "device": device and str(device)}
+        for name, value in {**settings, **{name: value for name, value in given.items() if value}}.items():
+            if name.split("#")[0] not in config:
+                raise UserError(f"{path} has no setting {name}; give one of its names.")
+            config[name] = value
+        return cls(config)
+
+    def __call__(
+        self, image: str | Path | nib.spatialimages.SpatialImage | np.ndarray, affine: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Labels (X, Y, Z) on the image's own grid, uint8 or int16, with the values of the data set's files.
+
+        What about the scan is unlike the training cases is a warning of the logger "mednext".
+
+        Args:
+            image: a NIfTI file (of a case with a file a channel, any of them), a nibabel image, or an array (X, Y, Z)
+                or (channels, X, Y, Z).
+            affine: of an array, 4 x 4, voxel -> world (mm, x to the right, y to the front, z up).
+
+        Raises:
+            UserError: what the command would say of a file; an array without an affine.
+        """
+        with _unwrapped(), torch.inference_mode():
+            case = self._prepared(image, affine)
+            with torch.autocast(self.device.type, enabled=self.amp, **self.amp_kwargs):
+                scores = self.inferer(case["image"][None].to(self.device), self.network)[0]
+            mask = self.to_memory({**case, "pred": scores})["pred"]
+            warn(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])
+            return mask[0].numpy()
+
+    def _prepared(self, image: object, affine: np.ndarray | None) -> dict:
+        if not isinstance(image, str | Path):
+            return self.from_memory({"image": in_memory(image, affine)})
+        cases = scans(str(image), self.channels)
+        if len(cases) > 1:
+            raise UserError(f"{image} holds {len(cases)} scans; give one of its files.")
+        case = ScanDataset(cases, self.from_file)[0]
+        if "failure" in case:
+            raise UserError(case["failure"])
+        return case
+
+
+def in_memory(image: nib.spatialimages.SpatialImage | np.ndarray, affine: np.ndarray | None = None) -> MetaTensor:
+    """What MONAI's LoadImage makes of a file: (channels, X, Y, Z) float32 with affine and shape of the stored grid.
+
+    Args:
+        image: a nibabel image, channels last if any, or an array, channels first if any.
+        affine: of an array, 4 x 4.
+
+    Raises:
+        UserError: an array whose affine is missing or spans no volume.
+    """
+    if isinstance(image, nib.spatialimages.SpatialImage):
+        voxels, affine = np.asanyarray(image.dataobj), image.affine
+        voxels = np.moveaxis(voxels, -1, 0) if voxels.ndim > 3 else voxels
+    else:
+        voxels = np.asarray(image)
+    found = np.full((4, 4), np.nan) if np.shape(affine) != (4, 4) else np.array(affine, dtype=np.float64)
+    if not (np.isfinite(found).all() and np.linalg.det(found[:3, :3])):
+        raise UserError(
+            f"the affine of an image of the shape {voxels.shape} is {affine}; expected 4 x 4 numbers that span a"
+            " volume: give that of its file, or numpy.diag([sx, sy, sz, 1]) for voxels of sx x sy x sz mm."
+        )
+    voxels = torch.from_numpy(np.array(voxels if voxels.ndim > 3 else voxels[None], dtype=np.float32))
+    meta = {"original_affine": found, "spatial_shape": np.array(voxels.shape[1:]), "space": "RAS"}
+    return MetaTensor(voxels, affine=torch.from_numpy(found), meta=meta)
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """MONAI wraps what an expression or a transform raises; here it comes out as it was raised."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise first_cause(e) from None

@@ -1,0 +1,53 @@
+"""Pictures of a data set for a person to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .fingerprint import QUANTILES
+
+
+def fingerprint_page(records: Sequence[dict], labels: Sequence[str], spacing: Sequence[float], path: Path) -> None:
+    """Four panels: shapes on the target grid, spacings, foreground intensities, volumes of each label.
+
+    Args:
+        records: survey of the usable cases.
+        labels: names by value, background first.
+        spacing: of the target grid in mm.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    shapes = np.array([np.multiply(r["cropped"], r["spacing"]) / spacing for r in records])
+    stored = np.array([r["spacing"] for r in records])
+    step = max(1, round(np.ptp(shapes) / 40))  # whole voxels, or some bars hold more values than others
+    bins = np.arange(np.floor(shapes.min()) - 0.5, shapes.max() + step + 0.5, step)
+    for axis, name in enumerate("xyz"):
+        axes[0].hist(shapes[:, axis], bins=bins, histtype="step", label=f"axis {name}")
+        axes[1].hist(stored[:, axis], bins=40, histtype="step", label=f"axis {name}")
+    axes[0].set(title=f"Shapes at {' x '.join(f'{s:g}' for s in spacing)} mm, cropped", xlabel="voxels", ylabel="cases")
+    axes[1].set(title="Spacings as stored", xlabel="mm", ylabel="cases")
+    for channel in range(len(records[0]["foreground"])):
+        found = [r["foreground"][channel]["quantiles"] for r in records if r["foreground"][channel]]
+        for number, quantiles in enumerate(found):
+            name = f"channel {channel}, one line a case" if number == 0 else None
+            axes[2].plot(quantiles, 100 * QUANTILES, color=f"C{channel}", alpha=max(0.05, 1 / len(found)), label=name)
+    axes[2].set(title="Intensities of labelled voxels", xlabel="intensity as stored", ylabel="% of voxels below")
+    millilitres = [
+        [n * np.prod(r["spacing"]) / 1000 for r in records if (n := r["labels"][value])]
+        for value in range(1, len(labels))
+    ]
+    axes[3].boxplot(millilitres, orientation="horizontal", tick_labels=labels[1:])
+    sizes = [n for values in millilitres for n in values] or [1.0]
+    wide = max(sizes) > 20 * min(sizes)
+    axes[3].set(title="Volume of each label, where it is present", xlabel="ml", xscale="log" if wide else "linear")
+    for panel in axes[:3]:
+        legend = panel.legend(frameon=False)
+        for line in legend.get_lines():
+            line.set_alpha(1)
+    figure.suptitle(f"{len(records)} cases")
+    figure.savefig(path, dpi=110)

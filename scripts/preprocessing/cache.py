@@ -1,0 +1,289 @@
+"""Deterministic transforms once: their results on disk, known by content and parameters, read crop by crop.
+
+    folder/digests.json                     sha256 of the data set's files, with the size and time they had
+    folder/<transforms>/parameters.json     one folder for each list of transforms, which this file spells out
+    folder/<transforms>/<content>.pt        what they made of one case: tensors, mapped into memory, not read whole
+
+Whoever asks for the same content and transforms shares an entry: training and validation, folds, several runs at once.
+Nothing is ever removed; any of it may be, while no run uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.distributed as dist
+from monai.data import Dataset, MetaTensor
+from monai.transforms import Compose, MapTransform
+from monai.transforms.traits import RandomizableTrait
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+from ..data.datasets import image_files
+from ..utils.device import cores
+from ..utils.errors import UserError, first_cause
+from ..utils.files import remembered, write_whole
+from .cache_key import description, digest, file_digest, versions
+
+# bytes a voxel while it is resampled, and for each channel (docs/benchmarks/preprocessing_2-core-cpu_2026-11-21.md)
+PEAK_BYTES, CHANNEL_BYTES = 40, 8
+
+
+class PreparedDataset(Dataset):
+    """MONAI's Dataset whose deterministic transforms ran once; only what `transform` reads of their results is in RAM.
+
+    `dataset[i]` is case `i`, prepared and then transformed; `dataset[i, foreground]` is the same with the bool
+    `foreground` in the dictionary, for a sampler that decides which patches lie on a foreground voxel.
+
+    Args:
+        data: cases, see data.py. What counts of a file is its content, not its name.
+        stages: lists of deterministic transforms, one after the other. Each stage's result is stored by itself and
+            depends on nothing but the keys of its transforms and of those before, so that one for the image alone
+            outlives a new label. A transform without keys reads all of them.
+        folder: where the results lie; shared by everything that trains on the same scans.
+        spacing: of the grid that the stages resample to, in mm: how many cases fit into RAM at once depends on it.
+        transform: what follows and is not stored.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict],
+        stages: Sequence[Sequence],
+        folder: str,
+        spacing: Sequence[float],
+        transform: Sequence | Compose = (),
+    ) -> None:
+        super().__init__(data, transform)
+        self.stages, self.folder, self.spacing = _stages(stages, Path(folder)), Path(folder), spacing
+        self.entries: list[list[_Entry]] = []  # of each case, one a stage; none before `prepare`
+
+    def prepare(self) -> None:
+        """Makes what is missing, in as many threads as cores and RAM allow; what is there already costs a look.
+
+        Before a loader with workers reads the data set; without workers the first read does it. Several processes may
+        do it at once: none waits for another, and each takes the cases in an order of its own, so that they share them.
+
+        Raises:
+            UserError: a case that cannot be prepared, or a folder that cannot be written to.
+        """
+        for stage in self.stages:
+            if not (path := stage.folder / "parameters.json").is_file():
+                _write(path, lambda partial, stage=stage: partial.write_text(json.dumps(stage.parameters, indent=1)))
+        memory = self.folder / "digests.json"
+        before = remembered(memory)
+        known = dict(before)
+        order = list(range(len(self.data)))
+        random.Random(os.getpid()).shuffle(order)
+        threads, torch_threads = thread_count(self.data, self.spacing), torch.get_num_threads()
+        torch.set_num_threads(1)  # the cases are what runs in parallel; and sums come out the same on every machine
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                made = tqdm(
+                    pool.map(lambda index: self._prepare_case(self.data[index], known), order),
+                    total=len(order),
+                    desc="preparing",
+                    delay=1,  # silent where there is nothing to do
+                    disable=dist.is_initialized() and dist.get_rank() > 0,
+                )
+                by_case = dict(zip(order, made, strict=True))
+        finally:
+            torch.set_num_threads(torch_threads)
+            if known != before:
+                _write(memory, lambda partial: partial.write_text(json.dumps(remembered(memory) | known)))
+        self.entries = [by_case[index] for index in range(len(self.data))]
+
+    def _prepare_case(self, case: dict, known: dict) -> list[_Entry]:
+        """The entries of a case, one a stage; those that are missing or damaged are made."""
+        entries, results = [], {}
+        for stage in self.stages:
+            inputs = stage.inputs(case)
+            entry = _Entry(stage.folder / f"{digest(_content(inputs, known))[:16]}.pt", _files(inputs))
+            found = entry.read()
+            if found is None:
+                entry.write(_outcome(stage, inputs | results, entry.files))
+                found = entry.read()
+            results |= found
+            entries.append(entry)
+        return entries
+
+    def prepared(self, index: int) -> dict:
+        """Case `index` after all stages; its tensors are mapped from disk and become real where they are read."""
+        if not self.entries and get_worker_info() is not None:
+            raise RuntimeError("a loader's worker found nothing prepared: call prepare() before the loader starts.")
+        if not self.entries:
+            self.prepare()
+        result = dict(self.data[index])
+        for entry in self.entries[index]:
+            found = entry.read()
+            if found is None:
+                raise UserError(f"{entry.path} was there and is missing or damaged now; start again: it is made anew.")
+            result |= found
+        return result
+
+    def _transform(self, index: int) -> dict:
+        return self.transform(self.prepared(index))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | tuple[int, bool]) -> dict | torch.utils.data.Subset:
+        if isinstance(index, tuple):
+            case, foreground = index
+            return self.transform(self.prepared(case) | {"foreground": foreground})
+        return super().__getitem__(index)
+
+
+# ---- stages: what is kept apart, and what it depends on
+
+
+@dataclass
+class _Stage:
+    transform: Compose
+    keys: set[str] | None  # of the cases that this stage and those before it read; None: all
+    parameters: dict  # all that its results depend on besides the case
+    folder: Path  # of its results
+
+    def inputs(self, case: dict) -> dict:
+        return {k: v for k, v in case.items() if self.keys is None or k in self.keys}
+
+
+def _stages(lists: Sequence[Sequence], folder: Path) -> list[_Stage]:
+    stages, keys, steps = [], set(), []
+    for compose in (Compose(transforms).flatten() for transforms in lists):
+        for transform in compose.transforms:
+            if isinstance(transform, RandomizableTrait):
+                raise ValueError(
+                    f"{type(transform).__name__} is random; it belongs into `transform`, after the stages."
+                )
+            keys = keys | set(transform.keys) if isinstance(transform, MapTransform) and keys is not None else None
+        steps = steps + [description(transform) for transform in compose.transforms]
+        parameters = {"versions": versions(), "transforms": steps}
+        stages.append(_Stage(compose, keys, parameters, folder / digest(parameters)[:12]))
+    return stages
+
+
+def _outcome(stage: _Stage, before: dict, files: list[str]) -> dict:
+    """What a stage adds to a case or changes of it."""
+    try:
+        after = deepcopy(stage.transform)(before)  # MONAI's readers and transforms note things down in themselves
+    except Exception as e:
+        cause = first_cause(e)
+        named = f"{', '.join(files)} cannot be prepared ({cause!r}); mend or remove the case."
+        raise UserError(str(cause) if isinstance(cause, UserError) else named) from e
+    return {key: value for key, value in after.items() if key not in before or value is not before[key]}
+
+
+# ---- files that go into an entry
+
+
+def _paths(value: object) -> list[str]:
+    """The files that an entry of a case names, as MONAI's readers spell them."""
+    paths = list(value) if isinstance(value, list | tuple) else [value]
+    whole = all(isinstance(path, str | Path) and Path(path).is_file() for path in paths)
+    return [str(Path(path)) for path in paths] if whole else []
+
+
+def _files(inputs: dict) -> list[str]:
+    return [path for _, value in sorted(inputs.items()) for path in _paths(value)]
+
+
+def _content(inputs: dict, known: dict) -> dict:
+    """What a case holds: files by their content, everything else by value."""
+    return {key: [file_digest(p, known) for p in _paths(v)] or description(v) for key, v in inputs.items()}
+
+
+# ---- entries: tensors and plain values in a file that torch maps into memory
+
+
+@dataclass
+class _Entry:
+    path: Path
+    files: list[str]  # of the case that asks, which may be a copy of the one that the entry was made from
+
+    def read(self) -> dict | None:
+        """Its values, tensors mapped from disk; None where there is no such file or not all of it."""
+        try:
+            found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError):  # torch's reader raises the last two for what is no whole archive
+            return None
+        own, values = dict(zip(found["files"], self.files, strict=True)), found["values"]
+        for key, meta in found["meta"].items():
+            name = meta.get("filename_or_obj")
+            values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
+        return values
+
+    def write(self, values: dict) -> None:
+        content = {
+            "files": self.files,
+            "values": {key: _plain(value) for key, value in values.items()},
+            "meta": {key: _plain(value.meta) for key, value in values.items() if isinstance(value, MetaTensor)},
+        }
+        _write(self.path, lambda partial: torch.save(content, partial))
+
+
+def _plain(value: object) -> object:
+    """What `weights_only` reads back: tensors without metadata or a larger storage, arrays as tensors, plain Python."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
+    if isinstance(value, np.ndarray) and value.ndim:
+        return torch.tensor(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.item()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{type(value).__name__} cannot be stored; expected tensors, arrays, numbers, text or lists of them."
+    )
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write_whole(path, write)
+    except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
+        raise UserError(f"{path.parent} could not be written to ({e}); make room there or give another folder.") from e
+
+
+# ---- how much runs at once
+
+
+def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:
+    """One for each core, but no more than what the largest case leaves room for in half of the free RAM; at least 1."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    largest = max((_peak_bytes(case, spacing) for case in cases), default=1)
+    return int(max(1, min(cores(), _free_bytes() / 2 // largest) // processes))
+
+
+def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
+    """RAM that resampling a case takes, by its header."""
+    files = image_files(case)
+    try:
+        header = nib.load(files[0]).header
+    except Exception:  # preparing it will say what is wrong
+        return 1.0
+    shape, edges = header.get_data_shape(), np.array(header.get_zooms()[:3])
+    channels = len(files) if len(shape) < 4 else shape[3]
+    voxels = max(np.prod(shape[:3]), np.prod(shape[:3] * edges / spacing))
+    return float(voxels) * (PEAK_BYTES + CHANNEL_BYTES * channels)
+
+
+def _free_bytes() -> float:
+    """RAM that programs can still have; where the kernel does not say it, half of all."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except FileNotFoundError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2

@@ -1,0 +1,145 @@
+"""Intensities as nnU-Net normalises them, one scheme a channel, and the crop that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, SpatialCrop, generate_spatial_bounding_box
+from scipy.ndimage import binary_fill_holes
+
+from ..utils.errors import UserError
+
+SCHEMES = ("zscore", "zscore_nonzero", "rescale_to_0_1", "rgb_to_0_1", "none")
+CT = ("clip", "mean", "std")
+EPSILON = 1e-8  # nnU-Net's, so that a constant channel becomes zero
+RINGING = 0.01  # standard deviations; what cubic interpolation leaves some voxels outside a mask
+
+
+def schemes(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -> list[str | dict]:
+    """The control panel's `intensity`, one scheme for all channels or one each, as a list.
+
+    A scheme is one of
+
+    - "zscore": zero mean and unit variance over the whole image (nnU-Net v1's for MR);
+    - "zscore_nonzero": the same within the non-zero voxels, holes filled; the others stay 0 (for skull-stripped MR);
+    - {"clip": [low, high], "mean": m, "std": s}: clipped, then shifted and scaled (nnU-Net's for CT, from its plan);
+    - "rescale_to_0_1": from smallest to largest; "rgb_to_0_1": divided by 255; "none".
+
+    Raises:
+        UserError: an unknown scheme, or another number of them than of channels.
+    """
+    single = isinstance(intensity, str | Mapping)
+    found = [intensity] * channels if single else list(intensity)
+    if len(found) != channels:
+        raise UserError(
+            f"intensity has {len(found)} schemes for {channels} channels; give one for each, or one for all."
+        )
+    for scheme in found:
+        if scheme not in SCHEMES and not (isinstance(scheme, Mapping) and sorted(scheme) == sorted(CT)):
+            raise UserError(
+                f"intensity is {scheme!r}; expected one of {', '.join(SCHEMES)}, or a dictionary of clip, mean and std."
+            )
+    return found
+
+
+def masked(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -> list[int]:
+    """The channels that are 0 outside the region in which they are normalised."""
+    return [channel for channel, scheme in enumerate(schemes(intensity, channels)) if scheme == "zscore_nonzero"]
+
+
+class Intensityd(MapTransform):
+    """Normalises an image (C, *space) by its channels' schemes.
+
+    It stands in the list twice, since "zscore_nonzero" needs the stored voxels (interpolation would smear the border of
+    its mask) and all others the voxels of the network's grid, as in nnU-Net v1. On the grid, too, what rang around the
+    mask when it was interpolated is set to 0 again.
+
+    Args:
+        keys: images.
+        intensity: see `schemes`.
+        stage: "stored", before resampling, or "grid", after it.
+    """
+
+    def __init__(self, keys: KeysCollection, intensity: str | Mapping | Sequence, stage: str) -> None:
+        super().__init__(keys)
+        if stage not in ("stored", "grid"):
+            raise ValueError(f"stage is {stage!r}, expected 'stored' or 'grid'.")
+        self.intensity, self.stage = intensity, stage
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            found = schemes(self.intensity, len(out[key]))
+            within = masked(self.intensity, len(out[key]))
+            everywhere = [c for c, scheme in enumerate(found) if c not in within and scheme != "none"]
+            if not (within or (everywhere and self.stage == "grid")):
+                continue
+            out[key] = out[key].float().clone()
+            plain = out[key].as_tensor() if isinstance(out[key], MetaTensor) else out[key]  # the same memory
+            if self.stage == "grid":
+                for channel in everywhere:
+                    _normalise(plain[channel], found[channel])
+            if within:
+                _normalise_within(plain, within) if self.stage == "stored" else _clear_outside(plain, within)
+        return out
+
+
+def _normalise(channel: torch.Tensor, scheme: str | Mapping) -> None:
+    if isinstance(scheme, Mapping):
+        channel.clamp_(*scheme["clip"]).sub_(scheme["mean"]).div_(max(scheme["std"], EPSILON))
+    elif scheme == "rescale_to_0_1":
+        channel.sub_(channel.min()).div_(channel.max().clamp_min(EPSILON))
+    elif scheme == "rgb_to_0_1":
+        channel.div_(255)
+    else:  # zscore
+        _standardise(channel, channel)
+
+
+def _standardise(channel: torch.Tensor, values: torch.Tensor) -> None:
+    mean = values.mean(dtype=torch.float64)  # in float32 it would depend on the number of threads
+    deviation = (values - mean.float()).square_().mean(dtype=torch.float64).sqrt()
+    channel.sub_(mean.float()).div_((deviation + EPSILON).float())
+
+
+def _normalise_within(image: torch.Tensor, channels: Sequence[int]) -> None:
+    """The voxels in which any channel is not 0, as nnU-Net has it; all others stay 0."""
+    inside = _filled(image != 0)
+    for channel in channels if inside.any() else ():
+        _standardise(image[channel], image[channel][inside])
+        image[channel].mul_(inside)
+
+
+def _clear_outside(image: torch.Tensor, channels: Sequence[int]) -> None:
+    inside = _filled(image[channels].abs() > RINGING)
+    for channel in channels:
+        image[channel].mul_(inside)
+
+
+def _filled(mask: torch.Tensor) -> torch.Tensor:
+    """(C, *space) -> (*space): where any channel is set, holes filled."""
+    return torch.from_numpy(binary_fill_holes(mask.any(dim=0).cpu().numpy())).to(mask.device)
+
+
+class CropNonzerod(MapTransform):
+    """Crops an image (C, *space) to the box of its non-zero voxels, as nnU-Net does first; one that is all zero stays.
+
+    Args:
+        keys: images; their affines follow, so that labels and masks keep their place.
+        enabled: false passes everything on.
+    """
+
+    def __init__(self, keys: KeysCollection, enabled: bool = True) -> None:
+        super().__init__(keys)
+        self.enabled = enabled
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        for key in self.key_iterator(out) if self.enabled else ():
+            start, end = generate_spatial_bounding_box(out[key], select_fn=lambda x: x != 0, allow_smaller=True)
+            if np.all(np.array(end) > np.array(start)):
+                out[key] = SpatialCrop(roi_start=start, roi_end=end)(out[key])
+        return out

@@ -1,0 +1,140 @@
+"""What a training run keeps on disk: the best weights, and all it takes to go on after an interruption."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from ..utils.errors import UserError
+from ..weights import model_settings
+from ..weights.checkpoints import compare, load, save
+from .optim import take_up
+
+logger = logging.getLogger("mednext")
+
+
+class TrainingRun:
+    """What a training run keeps: the best weights, and all it takes to go on after an interruption.
+
+    In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
+    `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run
+    first sets aside what an earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or
+    not at all.
+
+    Args:
+        folder: where to keep things.
+        network: the network, not wrapped for distribution.
+        optimizer: its optimizer.
+        lr_scheduler: its learning rate schedule, see optim.py.
+        evaluator: engine whose key metric decides what is best (higher is better).
+        settings: the control panel's values that belong to the weights.
+        keep: "best", or "last" as published, whose scores on the held-out cases are not those it was chosen by.
+        resume: go on from `training/checkpoint.pt`.
+
+    Raises:
+        UserError: another `keep`; `resume` without a checkpoint, or with one of another network.
+    """
+
+    def __init__(
+        self,
+        folder,
+        network,
+        optimizer,
+        lr_scheduler,
+        evaluator,
+        settings: dict,
+        keep: str = "best",
+        resume: bool = False,
+    ) -> None:
+        if keep not in ("best", "last"):
+            raise UserError(f"keep is {keep!r}; expected best or last.")
+        self.folder, self.keep = Path(folder), keep
+        self.network, self.optimizer, self.lr_scheduler, self.evaluator = network, optimizer, lr_scheduler, evaluator
+        self.settings, self.resume = settings, resume
+        self.weights = self.folder / "model.pt"
+        self.checkpoint = self.folder / "training" / "checkpoint.pt"
+        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.best_metric, self.best_epoch = float("-inf"), 0
+        self.state = None
+        if resume:
+            if not self.checkpoint.is_file():
+                raise UserError(f"{self.checkpoint} not found; nothing to resume: start without --resume.")
+            self.state = load(self.checkpoint)
+            compare(self.state["model"], network, self.checkpoint)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.keep_weights)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def start(self, engine: Engine) -> None:
+        if self.state is not None:
+            self._restore(engine)
+        elif self.writes:
+            self._set_aside()
+
+    def _restore(self, engine: Engine) -> None:
+        state, self.state = self.state, None
+        self.network.load_state_dict(state["model"])
+        rates = self.lr_scheduler.base_lrs  # of this command, which may be others
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        except (ValueError, KeyError) as e:  # other groups of weights; a schedule of version 0.2
+            raise UserError(
+                f"{self.checkpoint} does not fit ({e}): resume with the --freeze and --layer_decay it was started with,"
+                " and with the same version of this bundle, or start without --resume."
+            ) from e
+        self.lr_scheduler.base_lrs = rates
+        take_up(self.lr_scheduler)
+        if engine.scaler is not None and state["scaler"]:
+            engine.scaler.load_state_dict(state["scaler"])
+        self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
+        engine.state.epoch = state["epoch"]
+        engine.state.iteration = state["epoch"] * engine.state.epoch_length
+        logger.info("resuming after epoch %d of %d", state["epoch"], engine.state.max_epochs)
+
+    def _set_aside(self) -> None:
+        stamp = next((time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.weights) if p.exists()), None)
+        if stamp is None:
+            return
+        kept = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S", stamp)
+        kept.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.parent.exists() and not (kept / "training").exists():
+            self.checkpoint.parent.rename(kept / "training")
+        if (decided := self.folder / "postprocessing.json").exists():  # for the earlier weights, not for new ones
+            decided.rename(kept / decided.name)
+        for file in (self.weights, model_settings.settings_file(self.weights)):
+            if file.exists():  # copied, since it stays in use until better weights replace it
+                shutil.copy2(file, kept / file.name)
+        logger.info("the earlier training in %s is kept in %s", self.folder, kept)
+
+    def save(self, engine: Engine) -> None:
+        if not self.writes:
+            return
+        state = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": engine.scaler.state_dict() if engine.scaler is not None else {},
+            "epoch": engine.state.epoch,
+            "best_metric": self.best_metric,
+            "best_epoch": self.best_epoch,
+        }
+        save(state, self.checkpoint)
+
+    def keep_weights(self, evaluator: Engine) -> None:
+        metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
+        if self.keep == "best" and not metric > self.best_metric and self.best_epoch:
+            return
+        self.best_metric = metric if metric == metric else float("-inf")  # nan: no validation case has foreground
+        self.best_epoch = evaluator.state.epoch
+        if self.writes:
+            save(self.network.state_dict(), self.weights)
+            name = evaluator.state.key_metric_name
+            model_settings.write(self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)})

@@ -1,0 +1,44 @@
+"""What was decided together with a set of weights: a JSON file beside them, with the control panel's own names.
+
+`models/model.pt` has `models/model.json`, which training writes and inference, scoring and resuming read, so that a
+network is never built with other sizes, spacing or labels than those it was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..utils.errors import UserError
+from ..utils.files import write_whole
+
+BUNDLE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def settings_file(weights: str | Path) -> Path:
+    """`models/model.pt` -> `models/model.json`."""
+    return Path(weights).with_suffix(".json")
+
+
+def read(weights: str | Path, **defaults) -> dict:
+    """The settings beside `weights`; `defaults` stand in for what is not written there.
+
+    Raises:
+        UserError: the file is not JSON, or not a dictionary.
+    """
+    path = settings_file(weights)
+    if not path.is_file():
+        return defaults
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); restore it or delete it to use the defaults.") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected settings by name: restore or delete it.")
+    return {**defaults, **content}
+
+
+def write(weights: str | Path, settings: dict) -> None:
+    """Writes `settings` beside `weights`, whole or not at all."""
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(settings_file(weights), lambda partial: partial.write_text(text))

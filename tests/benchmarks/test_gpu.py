@@ -1,0 +1,156 @@
+"""The commands around the Triton kernels, as far as they go without a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import kernels
+from scripts.benchmarks import gpu as gpu_bench
+from scripts.benchmarks.gpu import Job, Limits, bench, kernel_table, markdown, row, work
+from scripts.kernels import autotune as measured
+from scripts.kernels import reference
+from scripts.kernels import triton_ops as gpu
+from scripts.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+JOB = Job("reference", "S", 3, 1, False, False, 32, 1, "cpu", None)
+FOUND = {"seconds": [0.5, 0.1, 0.2], "peak": 2**31, "kernels": {"conv": 0.7, "norm": 0.2, "add": 0.06, "mul": 0.04}}
+
+
+@pytest.mark.skipif(not gpu.INSTALLED, reason="Triton is not installed")
+def test_every_kernel_compiles_for_two_gpus_and_fits_into_their_registers():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "scripts", "compile_triton", "--kernel_size", "3", "--arch", "[80,90]"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"^\| (_\w+) .*?\| (\d+), (\d+), \d+ \| (\d+), (\d+), \d+ \|$", done.stdout, re.MULTILINE)
+    assert {name for name, *_ in rows} == {
+        "_stream", "_strided", "_transposed", "_merge", "_correlate_stream", "_correlate_strided",
+        "_forward", "_energy", "_backward_input", "_backward_weights", "_product", "_combine",
+    }  # fmt: skip
+    assert all(int(spilled) <= 16 for _, _, a, _, b in rows for spilled in (a, b)), done.stdout  # bytes a thread
+
+
+def test_compiling_ahead_says_what_it_takes(monkeypatch):
+    from scripts.benchmarks.compile_triton import report
+
+    monkeypatch.setattr(gpu, "INSTALLED", False)
+    with pytest.raises(UserError, match="pip install triton, and unset TRITON_INTERPRET"):
+        report()
+
+
+class TestBenchmark:
+    def test_without_a_gpu_it_says_so(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="no GPU that PyTorch can use"):
+            bench(output_dir=str(tmp_path))
+        with pytest.raises(UserError, match=r"modes is \['fast'\]; expected some of eager, compiled"):
+            bench(modes="fast")
+
+    def test_a_job_prints_its_times_and_largest_kernels(self, capsys):
+        work(JOB)
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["seconds"]) == 1
+        assert found["peak"] is None
+        assert 0.5 < sum(found["kernels"].values()) <= 1
+
+    def test_a_row_compares_with_the_first_of_its_task(self):
+        first = {**JOB._asdict(), **FOUND, "seconds": [0.6]}
+        ours = {**JOB._asdict(), **FOUND, "implementation": "triton", "compiled": True}
+        other = {**first, "batch": 2, "seconds": [9.0]}
+        line = row([other, first, ours], ours, Limits(1e9, 2e12))
+        assert line.startswith("| forward | S k3 | 1 | ours, Triton, compiled | 200.0 | 3.00 | 2.0 GiB | ")
+        assert line.endswith("| conv 70%, norm 20%, add 6% |")
+
+    def test_what_ran_out_of_memory_has_a_row_that_says_so(self):
+        failed = {**JOB._asdict(), "failed": "out of memory"}
+        assert row([failed], failed, Limits(1, 1)) == "| forward | S k3 | 1 | ours, reference | out of memory | | | | |"
+        assert "| nan |" in row([failed], {**JOB._asdict(), **FOUND}, Limits(1e9, 1e12))
+
+    def test_operations_are_measured_by_themselves_and_written_as_a_page(self, monkeypatch):
+        monkeypatch.setattr(gpu_bench, "LEVELS", ((16, 8),))
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        found = kernel_table(2, [3], 32, Limits(1e9, 1e12), 1, "cpu")
+        assert [r["kernel"] for r in found] == [
+            "depthwise", "depthwise, input gradient", "depthwise, weight gradient", "expansion", "expansion, backward",
+        ]  # fmt: skip
+        assert all(r["ms"] > 0 and r["bandwidth"] > 0 and r["side"] == 4 for r in found)
+        report = {
+            "device": "X",
+            "torch": "2",
+            "monai": "1",
+            "python": "3",
+            "date": "today",
+            "command": "c",
+            "patch": 32,
+        }
+        report |= {
+            "bandwidth": 1e9,
+            "rate": 1e12,
+            "runs": 3,
+            "networks": [{**JOB._asdict(), **FOUND}],
+            "kernels": found,
+        }
+        page = markdown({**report, "blocks": {"float16 32 channels k3": 0.456}})
+        assert "| depthwise, weight gradient | 16 | 4 | 3 | reference |" in page
+        assert "| float16 32 channels k3 | 0.46 |" in page
+
+
+def test_auto_takes_triton_where_it_was_measured_to_be_faster(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(gpu, "unsuitable", lambda x, kernel_size: None)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    x = torch.zeros(1, 32, 4, 4, 4).as_subclass(OnGPU)
+    measured.forget()
+    assert kernels.choose("auto", x, kernel_size=3) is reference
+    file = measured.remember(
+        "Some GPU", {measured.key(torch.float32, 32, 3): 0.5, measured.key(torch.float32, 32, 5): 1.2}
+    )
+    assert file.parent == tmp_path / "mednext"
+    assert kernels.choose("auto", x, kernel_size=3) is gpu
+    assert kernels.choose("auto", x, kernel_size=5) is reference
+    assert kernels.choose("auto", x, kernel_size=7) is reference
+    assert kernels.choose("triton", x, kernel_size=7) is gpu
+    measured.remember("Some GPU", {measured.key(torch.float32, 32, 7): 0.1})
+    assert kernels.choose("auto", x, kernel_size=3) is gpu  # what was known stays known
+    assert kernels.choose("auto", x, "a layer has hooks", kernel_size=3) is reference
+    measured.forget()
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel_size", "reason"),
+    [
+        (torch.zeros(1, 16, 4, 4), 3, "3D"),
+        (torch.zeros(1, 16, 4, 4, 4, dtype=torch.float64), 3, "it needs float32, float16 or bfloat16"),
+        (torch.zeros(1, 16, 4, 4, 4), 9, "a depthwise kernel of 9 is none of 3, 5, 7"),
+        (torch.zeros(1, 16, 4, 4, 4, device="meta"), 3, "the input is on meta, not on a GPU"),
+        ([], 3, "the input is a list, not a plain tensor"),
+    ],
+)
+def test_triton_asked_for_by_name_says_why_it_cannot_be(x, kernel_size, reason, monkeypatch):
+    monkeypatch.setattr(gpu, "INSTALLED", True)
+    with pytest.raises(RuntimeError, match=rf'kernels="triton" cannot be used: .*{reason}.*Use kernels="auto"'):
+        kernels.choose("triton", x, kernel_size=kernel_size)
+
+
+def test_without_triton_everything_but_triton_by_name_runs(monkeypatch):
+    monkeypatch.setattr(gpu, "INSTALLED", False)
+    assert kernels.choose("auto", torch.zeros(1, 16, 4, 4, 4)) is kernels.cpu
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        kernels.choose("triton", torch.zeros(1, 16, 4, 4, 4))
+
+
+def test_triton_is_imported_only_where_it_is_used():
+    code = "import sys, torch, scripts.mednext as m; m.create_mednext(1, 2, 'S'); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -1,0 +1,139 @@
+"""All folds in one command, pooled without a case twice, and going on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CACHE, ROOT, TINY, bundle, overlays, save
+
+from scripts.evaluation.cross_validation import cross_validate, pool
+from scripts.utils.errors import UserError
+
+
+def scored(folder: Path, fold: int, cases: dict[str, float | None]) -> None:
+    """What scoring leaves of a fold: Dice of one class by case, and a mask each."""
+    rows = [
+        {"case": case, "label": "organ", "dice": dice, "nsd": dice, "hd95_mm": "inf" if dice == 0 else 1.0,
+         "predicted_voxels": 0 if dice is None else 5, "reference_voxels": 0 if dice is None else 5}
+        for case, dice in cases.items()
+    ]  # fmt: skip
+    (folder / f"fold_{fold}").mkdir(parents=True)
+    (folder / f"fold_{fold}" / "summary.json").write_text(json.dumps({"cases": rows}))
+    for case in cases:
+        save(folder / f"fold_{fold}" / "predictions" / f"{case}_seg.nii.gz", np.full((2, 2, 2), fold, np.uint8))
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_pooled_scores_are_those_of_all_folds_as_one_table(tmp_path):
+    scored(tmp_path, 1, {"a": 0.9, "d": 0.0})
+    scored(tmp_path, 0, {"c": 0.6, "b": None})
+    for _ in range(2):  # pooling again replaces
+        pool(str(tmp_path), ["organ"], 1.0)
+        assert [(r["case"], r["dice"], r["hd95_mm"]) for r in rows(tmp_path / "cases.csv")] == [
+            ("a", "0.9", "1.0"), ("b", "nan", "1.0"), ("c", "0.6", "1.0"), ("d", "0.0", "inf")
+        ]  # fmt: skip
+        assert float(rows(tmp_path / "summary.csv")[0]["dice"]) == pytest.approx(0.5)
+        masks = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+        assert masks == [f"{case}_seg.nii.gz" for case in "abcd"]
+
+
+def test_a_case_in_two_folds_is_refused(tmp_path):
+    scored(tmp_path, 0, {"a": 0.9, "b": 0.8})
+    scored(tmp_path, 1, {"b": 0.7})
+    with pytest.raises(UserError, match="fold_0 and .*fold_1 both scored case b"):
+        pool(str(tmp_path), ["organ"], 1.0)
+    assert not (tmp_path / "cases.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [(["ab", "bcde"], "holds out case phantom_01 in 2 folds"), (["ab", "cd"], "never holds out case phantom_04 .1 in")],
+)
+def test_folds_that_share_or_leave_out_cases_are_refused_before_anything_is_trained(
+    held_out, message, phantom_dir, tmp_path
+):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    names = {letter: f"phantom_0{number}" for number, letter in enumerate("abcde")}
+    folds = [
+        {"val": [names[c] for c in group], "train": [n for c, n in names.items() if c not in group]}
+        for group in held_out
+    ]
+    (tmp_path / "data/splits_final.json").write_text(json.dumps(folds))
+    with pytest.raises(UserError, match=message):
+        cross_validate(str(tmp_path / "data"), ckpt_dir=str(tmp_path / "models"), output_dir=str(tmp_path / "eval"))
+    assert not (tmp_path / "models").exists()
+
+
+class TestCommand:
+    """Two folds of the phantom through the real command line."""
+
+    def run(self, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.evaluation.cross_validation",
+            *map(str, arguments),
+            "--cache_dir",
+            CACHE.name,
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+        assert (done.returncode != 0) == fails, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def test_folds_are_trained_scored_pooled_and_not_twice(self, phantom_dir, tmp_path):
+        folder = tmp_path / "data"
+        shutil.copytree(phantom_dir, folder)
+        names = [f"phantom_0{i}" for i in range(5)]
+        folds = [{"train": names[2:], "val": names[:2]}, {"train": names[:2], "val": names[2:]}]
+        (folder / "splits_final.json").write_text(json.dumps(folds))
+        common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "eval")
+        common += (*TINY, "--epochs", 2)
+
+        first = self.run(*common, "--folds", 0)
+        assert "folds 1 are still to be run" in first.stdout
+        weights = tmp_path / "models/fold_1"  # killed after its first epoch
+        half = ("training", *overlays("train"), *common, "--fold", 1, "--ckpt_dir", weights, "--output_dir", tmp_path)
+        bundle(*half, "--keep", "last", "--train#trainer#max_epochs", 1)
+        rest = self.run(*common)
+        assert "fold 0: training" not in rest.stdout
+        assert "fold 0: scoring" not in rest.stdout
+        assert "resuming after epoch 1 of 2" in rest.stdout
+        assert [row["case"] for row in rows(tmp_path / "eval/cases.csv")] == [n for n in names for _ in range(3)]
+        assert (tmp_path / "eval/report.html").is_file()
+        decision = json.loads((tmp_path / "eval/postprocessing.json").read_text())
+        assert (tmp_path / "models/fold_0/postprocessing.json").is_file()
+        assert "largest component of" in (tmp_path / "eval/report.html").read_text()
+        assert decision["cases"] == 5
+        assert decision["labels"] == ["background", "low", "middle", "high"]
+
+        ensemble = f"{tmp_path}/models/fold_*/model.pt"
+        inference = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+        inference += ["--dataset_dir", folder / "imagesTs", "--ckpt_dir", tmp_path / "models", "--ensemble", ensemble]
+        inference += ["--tta", "True", "--output_dir", tmp_path / "masks", "--num_workers", 0]
+        done = subprocess.run(list(map(str, inference)), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(list((tmp_path / "masks").glob("*_seg.nii.gz"))) == 2
+
+        other = self.run(*common, "--kernel_size", 5, fails=True)
+        assert (
+            "fold_0 was trained with kernel_size 3, this cross-validation has 5; give another --ckpt_dir"
+            in other.stderr
+        )
+        slip = self.run(*common, "--fold", 1, fails=True)
+        assert "error: --fold is set by cross-validation itself" in slip.stderr
+
+    def test_a_fold_that_is_not_there_is_named(self, phantom_dir):
+        done = self.run("--dataset_dir", phantom_dir, "--folds", 7, fails=True)
+        assert done.stderr.strip().endswith(f"error: {phantom_dir} has no fold 7; expected 0 to 4.")

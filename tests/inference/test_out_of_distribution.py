@@ -1,0 +1,187 @@
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, bundle, save
+from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImaged, Orientationd
+
+from scripts.data.datasets import cases, channel_names, training_cases
+from scripts.data.labels import read as read_labels
+from scripts.inference.out_of_distribution import UNLIKE, Familiard, FamiliarityReport, MeasureScand, learn, unfamiliar
+from scripts.inference.predictor import Predictor
+from scripts.utils.errors import UserError
+
+RANGES = {
+    "spacing x (mm)": [1.0, 1.5],
+    "extent x (mm)": [40.0, 60.0],
+    "contrast of channel 0 (std / mean)": [0.4, 0.6],
+    "volume of label 1 (ml)": [1.0, 3.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("spacing x (mm)", [0.8, 1.87], [0.79, 1.9]),
+        ("extent x (mm)", [32.0, 75.0], [31.9, 75.1]),
+        ("contrast of channel 0 (std / mean)", [0.301, 0.699], [0.29, 0.71, -0.5]),
+        ("volume of label 1 (ml)", [0.5, 6.0], [0.0, 0.49, 6.1]),
+    ],
+)
+def test_what_is_outside_the_range_of_training_and_its_margin_is_said(name, inside, outside):
+    assert all(unfamiliar({name: value}, RANGES) == [] for value in inside)
+    for value in outside:
+        (said,) = unfamiliar({name: value}, RANGES)
+        assert said == f"{name} is {value:.3g}, in training {RANGES[name][0]:.3g} to {RANGES[name][1]:.3g}"
+
+
+def test_what_training_does_not_know_is_not_judged():
+    assert unfamiliar({"extent q (mm)": 1e9}, RANGES) == []
+
+
+@pytest.fixture(scope="module")
+def ranges(phantom_dir, tmp_path_factory):
+    """Of the cases that fold 0 trains on."""
+    memory = str(tmp_path_factory.mktemp("memory") / "checked.json")
+    return learn(training_cases(str(phantom_dir), 0), 1, read_labels(str(phantom_dir)).values, memory)
+
+
+def test_ranges_hold_every_training_case(ranges):
+    assert {name.split(" (")[0] for name in ranges} == {
+        "spacing x", "spacing y", "spacing z", "extent x", "extent y", "extent z",
+        "contrast of channel 0", "volume of label 1", "volume of label 2", "volume of label 3",
+    }  # fmt: skip
+    assert all(low <= high for low, high in ranges.values())
+
+
+@pytest.fixture(scope="module")
+def segmented(trained, phantom_dir, tmp_path_factory):
+    """What the command printed, and the report by scan."""
+    folder = tmp_path_factory.mktemp("scans")
+    image = nib.load(cases(phantom_dir)[0]["image"])
+    voxels = np.asanyarray(image.dataobj).astype(np.float32)
+    for name, values in {
+        "as_trained": voxels,
+        "like_ct": voxels - 2 * voxels.max(),
+        "larger": np.pad(voxels, ((0, 0), (0, 0), (0, 2 * voxels.shape[2])), mode="edge"),
+    }.items():
+        save(folder / f"{name}.nii.gz", values, image.affine)
+    done = bundle(
+        "--config_file", "configs/inference.json", "--dataset_dir", folder, "--ckpt_dir", trained,
+        "--output_dir", folder / "masks", "--num_workers", 0, "--amp", False,
+    )  # fmt: skip
+    with open(folder / "masks/report.csv", newline="") as file:
+        return done.stdout + done.stderr, {row["scan"]: row for row in csv.DictReader(file)}
+
+
+class TestInference:
+    """Through the command line, with the weights of a short training."""
+
+    def test_training_leaves_the_ranges_of_its_cases(self, trained, ranges):
+        assert json.loads((trained / "model.json").read_text())["familiar"] == ranges
+
+    def test_a_scan_as_in_training_has_its_measures_in_the_report(self, segmented):
+        row = segmented[1]["as_trained.nii.gz"]
+        assert float(row["extent x (mm)"]) > 0
+        assert "extent" not in row["unlike the training cases"]
+        assert "contrast" not in row["unlike the training cases"]
+
+    @pytest.mark.parametrize(
+        ("scan", "measure"), [("like_ct.nii.gz", "contrast of channel 0"), ("larger.nii.gz", "extent")]
+    )
+    def test_an_unlike_scan_is_in_the_report_and_said_aloud(self, segmented, scan, measure):
+        printed, report = segmented
+        assert measure in report[scan]["unlike the training cases"]
+        assert f"{scan} is unlike the scans this network was trained on, do not trust its mask unseen: " in printed
+        assert measure in printed.split(scan)[1]
+
+
+def test_a_scan_is_measured_on_its_own_grid_in_ras_order(tmp_path):
+    rng = np.random.default_rng(0)
+    voxels = rng.gamma(2, 100, (12, 10, 8)).astype(np.float32)
+    voxels[:3] = 0
+    affine = np.array([[0, 0, -3.0, 5], [-2.0, 0, 0, 6], [0, 1.5, 0, 7], [0, 0, 0, 1]])  # stored as (y, z, x), flipped
+    path = save(tmp_path / "scan.nii.gz", voxels, affine)
+    to_ras = [LoadImaged("image", ensure_channel_first=True), Orientationd("image", axcodes="RAS", labels=None)]
+    found = Compose([*to_ras, MeasureScand("image")])({"image": str(path)})["image"].meta["measured"]
+    kept = voxels[voxels != 0].astype(np.float64)
+    assert found == pytest.approx({
+        "spacing x (mm)": 3.0, "spacing y (mm)": 2.0, "spacing z (mm)": 1.5,
+        "extent x (mm)": 24.0, "extent y (mm)": 24.0, "extent z (mm)": 15.0,
+        "contrast of channel 0 (std / mean)": kept.std() / kept.mean(),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0])
+def test_a_scan_without_contrast_has_none(value):
+    image = MetaTensor(torch.full((1, 4, 4, 4), value), affine=torch.eye(4))
+    assert MeasureScand("image")({"image": image})["image"].meta["measured"][
+        "contrast of channel 0 (std / mean)"
+    ] == pytest.approx(0.0)
+
+
+def test_volumes_are_those_of_the_mask_in_millilitres():
+    mask = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
+    mask[:, :5] = 7
+    mask = MetaTensor(mask, affine=torch.diag(torch.tensor([-2.0, 1.0, 0.5, 1.0])), meta={"measured": {}})
+    meta = Familiard("pred", {"volume of label 7 (ml)": [1.1, 1.2]}, [0, 7])({"pred": mask})["pred"].meta
+    assert meta["measured"] == {"volume of label 7 (ml)": 0.5}
+    assert meta[UNLIKE] == ["volume of label 7 (ml) is 0.5, in training 1.1 to 1.2"]
+
+
+class TestReport:
+    """What happens to the file of an earlier run."""
+
+    def run(self, folder, scan, **measured):
+        """As the evaluator does, for one scan."""
+        mask = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"filename_or_obj": scan, "measured": measured, UNLIKE: []})
+        engine = Engine(lambda engine, batch: [{"pred": mask}])
+        FamiliarityReport(str(folder)).attach(engine)
+        engine.run([0])
+        with open(folder / "report.csv", newline="") as file:
+            return {row["scan"]: row for row in csv.DictReader(file)}
+
+    def test_lines_of_other_scans_stay_and_that_of_the_same_is_new(self, tmp_path):
+        self.run(tmp_path, "one.nii.gz", x=1.0)
+        self.run(tmp_path, "two.nii.gz", x=2.0)
+        rows = self.run(tmp_path, "one.nii.gz", x=3.0, y=4.0)
+        assert {scan: (row["x"], row["y"]) for scan, row in rows.items()} == {
+            "one.nii.gz": ("3.0", "4.0"),
+            "two.nii.gz": ("2.0", ""),
+        }
+
+    def test_a_file_that_is_no_such_report_is_not_overwritten(self, tmp_path):
+        (tmp_path / "report.csv").write_text("patient,age\n1,60\n")
+        with pytest.raises(UserError, match="report.csv is not a report of an inference"):
+            self.run(tmp_path, "one.nii.gz")
+        assert (tmp_path / "report.csv").read_text() == "patient,age\n1,60\n"
+
+
+def test_python_is_warned_as_well(trained, phantom_dir, caplog):
+    image = nib.load(cases(phantom_dir)[0]["image"])
+    predictor = Predictor.load(trained / "model.pt")
+    with caplog.at_level("WARNING", "mednext"):
+        predictor(image.get_fdata() - 1e4, image.affine)
+    (said,) = caplog.messages
+    assert said.startswith("the image is unlike the scans this network was trained on")
+    assert "contrast of channel 0" in said
+
+
+@pytest.mark.skipif(not (SHARED / "Task04_Hippocampus").is_dir(), reason="needs the real hippocampus scans")
+def test_real_scans_of_one_data_set_are_alike_and_another_s_are_not(tmp_path):
+    def learned(name):
+        folder = str(SHARED / name)
+        labels = read_labels(folder)
+        channels = len(channel_names(folder))
+        return learn(cases(folder), channels, labels.values, str(tmp_path / f"{name}.json"), labels.ignore)
+
+    hippocampus, brains = learned("Task04_Hippocampus"), learned("Dataset902_FetalBrain")
+    image = {name: limits[0] for name, limits in hippocampus.items()}
+    assert unfamiliar(image, hippocampus) == []
+    other = {name: limits[1] for name, limits in brains.items()}
+    assert any("extent" in said for said in unfamiliar(other, hippocampus))

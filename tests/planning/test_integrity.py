@@ -1,0 +1,146 @@
+"""Each check of a whole data set fires where it should, and only there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import bundle
+
+from scripts.data import datasets as data
+from scripts.planning import integrity as review
+
+
+def record(number: int, **changes) -> dict:
+    usual = {
+        "case": f"case_{number}",
+        "file": f"imagesTr/case_{number}.nii.gz",
+        "shape": [40, 50, 60],
+        "spacing": [1.0, 1.0, 2.0],
+        "orientation": "RAS",
+        "labels": [100, 10, 5],
+        "channels": [{"mean": 100.0 + number % 5, "std": 10.0}],
+        "digest": str(number),
+    }
+    return usual | changes
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "message"),
+    [
+        (review.duplicates, {"digest": "3"}, "has the voxels of imagesTr/case_3.nii.gz; remove one"),
+        (review.orientations, {"orientation": "LPI"}, "is stored as LPI, 19 of 20 cases as RAS"),
+        (review.without_foreground, {"labels": [115, 0, 0]}, "has no labelled voxel"),
+        (review.spacings, {"spacing": [1.0, 1.0, 7.0]}, "has 1 x 1 x 7 mm voxels, the median case 1 x 1 x 2 mm"),
+        (review.spacings, {"spacing": [0.1, 0.1, 0.2]}, "has 0.1 x 0.1 x 0.2 mm voxels"),  # cm for mm
+        (review.single_slices, {"shape": [40, 50, 1]}, r"is a single slice of \[40, 50, 1\] voxels"),
+        (
+            review.intensities,
+            {"channels": [{"mean": 9000.0, "std": 1.0}]},
+            "mean intensity of 9000 in channel 0, the median",
+        ),
+        (review.intensities, {"channels": [None]}, "is zero everywhere in channel 0"),
+    ],
+)
+def test_the_odd_one_out_is_found_alone(check, changes, message):
+    usual = [record(number) for number in range(20)]
+    assert list(check(usual, ["background", "a", "b"])) == []
+    found = list(check([*usual[:-1], record(19, **changes)], ["background", "a", "b"]))
+    assert [(f.severity, f.case) for f in found] == [("warning", "case_19")]
+    assert re.search(message, found[0].message)
+
+
+def test_a_label_that_no_case_has_is_named():
+    found = list(review.absent_labels([record(0), record(1)], ["background", "a", "b"]))
+    assert found == []
+    found = list(review.absent_labels([record(0, labels=[9, 1, 0])], ["background", "a", "b"]))
+    assert "label 2 (b) is in none of the 1 cases" in found[0].message
+
+
+def test_headers_that_differ_by_rounding_are_no_finding(phantom_dir, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_dir, folder)
+    path = folder / "labelsTr/phantom_00.nii.gz"
+    image = nib.load(path)
+    noise = np.zeros((4, 4))
+    noise[:3, :3] = 9e-4
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine + noise), path)
+    assert review.review(str(folder), str(tmp_path / "memory.json")) == []
+
+
+def test_the_command_lists_everything_and_fails_on_errors(phantom_dir, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_dir, folder)
+    bad = folder / "imagesTr/phantom_01.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:100])
+    (folder / "labelsTr/phantom_00.nii.gz").unlink()
+    shutil.copy(folder / "imagesTr/phantom_02.nii.gz", folder / "imagesTr/stray.nii.gz")
+    for kind in ("imagesTr", "labelsTr"):
+        shutil.copy(folder / kind / "phantom_03.nii.gz", folder / kind / "phantom_04.nii.gz")
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": 9}))
+    done = bundle(
+        "checking", "--config_file", "configs/plan.json", "--dataset_dir", folder, "--output_dir", tmp_path, fails=True
+    )
+    assert "Traceback" not in done.stderr
+    said = f"error: 2 errors in {folder} keep it from being trained on; mend them as said above."
+    assert done.stderr.strip().endswith(said)
+    findings = json.loads((tmp_path / "check.json").read_text())
+    assert [finding["severity"] for finding in findings] == ["error"] * 2 + ["warning"] * 3
+    for finding, words in zip(
+        findings,
+        (
+            "phantom_00.nii.gz not found; add it or remove case phantom_00",
+            "not a complete NIfTI",
+            "stray.nii.gz belongs to no case",
+            '"numTraining" 9',
+            "voxels of",
+        ),
+        strict=True,
+    ):
+        assert words in finding["message"]
+        assert f"{finding['severity']}: {finding['message']}" in done.stdout
+    assert "2 errors, 3 warnings" in done.stdout
+
+
+def test_a_clean_data_set_passes(phantom_dir, tmp_path):
+    done = bundle(
+        "checking", "--config_file", "configs/plan.json", "--dataset_dir", phantom_dir, "--output_dir", tmp_path
+    )
+    assert "0 errors, 0 warnings" in done.stdout
+    assert json.loads((tmp_path / "check.json").read_text()) == []
+
+
+def test_a_data_set_of_one_case_is_an_error(phantom_dir):
+    case = data.cases(str(phantom_dir))[0]
+    found = list(review.unlisted(str(phantom_dir), [case]))
+    assert [f.severity for f in found if "1 labelled cases; expected at least 2" in f.message] == ["error"]
+
+
+def test_training_warns_of_what_checking_finds(phantom_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).mkdir()
+        for number, source in enumerate((0, 1, 1)):
+            shutil.copy(phantom_dir / kind / f"phantom_0{source}.nii.gz", tmp_path / kind / f"{number}.nii.gz")
+    items = [
+        {
+            "case": str(n),
+            "image": str(tmp_path / f"imagesTr/{n}.nii.gz"),
+            "label": str(tmp_path / f"labelsTr/{n}.nii.gz"),
+        }
+        for n in range(3)
+    ]
+    common = (items, 1, [0, 1, 2, 3], [32] * 3, [1.0] * 3, str(tmp_path / "checked.json"))
+    with caplog.at_level(logging.WARNING, "mednext"):
+        names = ["background", "low", "middle", "high"]
+        review.check_cases(items + items, *common[1:], names=names)  # as fold "all" has it
+        assert sum("has the voxels of" in message for message in caplog.messages) == 1
+        caplog.clear()
+        review.check_cases(*common)
+        assert not any("has the voxels of" in message for message in caplog.messages)

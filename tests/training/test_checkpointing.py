@@ -1,0 +1,140 @@
+"""What a training run keeps on disk, and the settings beside the weights."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scripts.training.checkpointing import TrainingRun
+from scripts.training.optim import polynomial
+from scripts.utils.errors import UserError
+from scripts.weights import model_settings as settings
+from scripts.weights.checkpoints import load
+
+
+def test_settings_beside_weights_override_defaults(tmp_path):
+    assert settings.read(tmp_path / "model.pt", size="S") == {"size": "S"}
+    settings.write(tmp_path / "model.pt", {"size": "B", "spacing": [1.0, 1.0, 2.0]})
+    assert settings.read(tmp_path / "model.pt", size="S", kernel_size=3) == {
+        "size": "B", "spacing": [1.0, 1.0, 2.0], "kernel_size": 3
+    }  # fmt: skip
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(UserError, match="model.json is not valid JSON"):
+        settings.read(tmp_path / "model.pt")
+
+
+class TestTrainingRun:
+    """The life of a small network's files."""
+
+    def run_of(self, folder, resume=False, epochs=10, keep="best"):
+        network = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1.0)
+        scheduler = polynomial(optimizer, epochs)
+        evaluator = SimpleNamespace(state=SimpleNamespace(metrics={}, key_metric_name="dice", epoch=0))
+        trainer = SimpleNamespace(
+            state=SimpleNamespace(epoch=0, iteration=0, epoch_length=5, max_epochs=epochs), scaler=None
+        )
+        return TrainingRun(folder, network, optimizer, scheduler, evaluator, {"size": "S"}, keep, resume), trainer
+
+    def validate(self, run, epoch, dice):
+        run.evaluator.state.epoch, run.evaluator.state.metrics = epoch, {"dice": dice}
+        run.keep_weights(run.evaluator)
+
+    def test_only_better_weights_replace_the_best(self, tmp_path):
+        run, _ = self.run_of(tmp_path)
+        for epoch, dice in ((1, 0.5), (2, 0.7), (3, 0.6), (4, float("nan"))):
+            torch.nn.init.constant_(run.network.weight, epoch)
+            self.validate(run, epoch, dice)
+        assert load(tmp_path / "model.pt")["weight"].unique() == 2
+        assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 2, "dice": 0.7}
+
+    def test_the_last_weights_are_kept_if_asked_for(self, tmp_path):
+        run, _ = self.run_of(tmp_path, keep="last")
+        for epoch, dice in ((1, 0.7), (2, 0.5)):
+            torch.nn.init.constant_(run.network.weight, epoch)
+            self.validate(run, epoch, dice)
+        assert load(tmp_path / "model.pt")["weight"].unique() == 2
+        assert json.loads((tmp_path / "model.json").read_text())["dice"] == 0.5
+        with pytest.raises(UserError, match="keep is 'first'; expected best or last"):
+            self.run_of(tmp_path, keep="first")
+
+    def test_weights_are_kept_even_if_no_case_can_be_scored(self, tmp_path):
+        run, _ = self.run_of(tmp_path)
+        self.validate(run, 1, float("nan"))
+        assert (tmp_path / "model.pt").is_file()
+        self.validate(run, 2, 0.1)
+        assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 2
+
+    def test_a_resumed_run_has_everything_back(self, tmp_path):
+        run, trainer = self.run_of(tmp_path)
+        self.validate(run, 1, 0.7)
+        run.network(torch.ones(1, 2)).sum().backward()
+        run.optimizer.step()
+        run.lr_scheduler.step()
+        trainer.state.epoch = 3
+        run.save(trainer)
+
+        again, restarted = self.run_of(tmp_path, resume=True)
+        again.start(restarted)
+        assert torch.equal(again.network.weight, run.network.weight)
+        assert again.optimizer.state_dict()["param_groups"] == run.optimizer.state_dict()["param_groups"]
+        assert torch.equal(
+            again.optimizer.state_dict()["state"][0]["exp_avg"], run.optimizer.state_dict()["state"][0]["exp_avg"]
+        )
+        assert (restarted.state.epoch, restarted.state.iteration) == (3, 15)
+        self.validate(again, 4, 0.6)  # not better than the 0.7 before the interruption
+        assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 1
+
+    def test_resuming_with_more_epochs_stretches_the_schedule(self, tmp_path):
+        run, trainer = self.run_of(tmp_path, epochs=10)
+        for _ in range(5):
+            run.optimizer.step()
+            run.lr_scheduler.step()
+        trainer.state.epoch = 5
+        run.save(trainer)
+        again, restarted = self.run_of(tmp_path, resume=True, epochs=20)
+        again.start(restarted)
+        assert again.optimizer.param_groups[0]["lr"] == pytest.approx((1 - 5 / 20) ** 0.9)
+        again.optimizer.step()
+        again.lr_scheduler.step()
+        assert again.optimizer.param_groups[0]["lr"] == pytest.approx((1 - 6 / 20) ** 0.9)
+
+    def test_resuming_takes_the_learning_rate_of_the_command(self, tmp_path):
+        run, trainer = self.run_of(tmp_path)
+        run.save(trainer)
+        again, restarted = self.run_of(tmp_path, resume=True)
+        again.lr_scheduler.base_lrs = [0.25]
+        again.start(restarted)
+        assert again.optimizer.param_groups[0]["lr"] == 0.25
+
+    def test_resuming_with_other_groups_of_weights_is_refused(self, tmp_path):
+        run, trainer = self.run_of(tmp_path)
+        run.save(trainer)
+        again, restarted = self.run_of(tmp_path, resume=True)
+        again.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+        with pytest.raises(UserError, match="checkpoint.pt does not fit .*resume with the --freeze and --layer_decay"):
+            again.start(restarted)
+
+    def test_a_new_run_keeps_what_an_earlier_one_left(self, tmp_path):
+        run, trainer = self.run_of(tmp_path)
+        self.validate(run, 1, 0.7)
+        run.save(trainer)
+        old = load(tmp_path / "model.pt")["weight"]
+        (tmp_path / "postprocessing.json").write_text("{}")
+        new, restarted = self.run_of(tmp_path)
+        new.start(restarted)
+        self.validate(new, 1, 0.1)
+        kept = next((tmp_path / "previous").iterdir())
+        assert torch.equal(load(kept / "model.pt")["weight"], old)
+        assert (kept / "model.json").is_file()
+        assert (kept / "postprocessing.json").is_file()
+        assert not (tmp_path / "postprocessing.json").exists()
+        assert (kept / "training" / "checkpoint.pt").is_file()
+        assert not (tmp_path / "training").exists()
+
+    def test_resuming_from_nothing_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="checkpoint.pt not found; nothing to resume"):
+            self.run_of(tmp_path, resume=True)

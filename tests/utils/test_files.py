@@ -1,0 +1,41 @@
+"""Files appear whole or not at all, whoever else writes them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from scripts.utils.files import write_whole
+
+
+def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path):
+    write_whole(tmp_path / "new" / "a.txt", lambda partial: partial.write_text("whole"))
+
+    def fail(partial):
+        partial.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "new" / "a.txt", fail)
+    assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.txt", "whole")]
+
+
+def test_several_may_write_one_file_at_the_same_time(tmp_path):
+    together = Barrier(4)
+
+    def write(letter: str) -> None:
+        def fill(partial):
+            with open(partial, "w") as file:
+                for _ in range(3):
+                    together.wait()  # all files are open and grow at once
+                    file.write(letter * 1000)
+                    file.flush()
+
+        write_whole(tmp_path / "a.txt", fill)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert (tmp_path / "a.txt").read_text() in [letter * 3000 for letter in "abcd"]
+    assert len(list(tmp_path.iterdir())) == 1
