@@ -16,16 +16,16 @@ import numpy as np
 
 from ..utils.errors import UserError
 from .checks import check_same_grid
-from .datasets import cases, channel_names, dataset_json, image_files, scans
-from .images import read
+from .datasets import Dataset
+from .images import StoredImage, open_image, read_image
 from .labels import Labels
-from .labels import read as read_labels
+from .scans import find_scans, image_files
 
 COPIED = ("name", "description", "reference", "licence", "release")  # of dataset.json, whatever they say
 
 
 def convert_layout(source: str, target: str) -> None:
-    """Writes the other layout of a data set: nnU-Net v2's for a Decathlon folder, Decathlon's for an nnU-Net v2 folder.
+    """Write the other layout of a data set: nnU-Net v2's for a Decathlon folder, Decathlon's for an nnU-Net v2 folder.
 
     Args:
         source: folder with dataset.json, imagesTr, labelsTr and perhaps imagesTs.
@@ -36,30 +36,27 @@ def convert_layout(source: str, target: str) -> None:
     """
     if Path(target).exists():
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
-    names, labels, training = channel_names(source), read_labels(source), cases(source)
-    test = scans(str(Path(source) / "imagesTs"), len(names)) if (Path(source) / "imagesTs").is_dir() else []
-    given = dataset_json(source)
-    if labels.regions and "channel_names" in given:
+    data = Dataset(source)
+    test = find_scans(str(data.folder / "imagesTs"), len(data.channels)) if (data.folder / "imagesTs").is_dir() else []
+    if data.labels.regions:
         raise UserError(
             f"{source} has overlapping regions, which a Decathlon dataset.json cannot say; keep its layout."
         )
-    place, describe = (
-        (_decathlon_images, _decathlon_json) if "channel_names" in given else (_nnunet_images, _nnunet_json)
-    )
+    place, describe = (_decathlon_images, _decathlon_json) if data.is_nnunet else (_nnunet_images, _nnunet_json)
     partial = Path(f"{target}.part")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
-    for folder, group in (("imagesTr", training), ("imagesTs", test)):
+    for folder, group in (("imagesTr", data.cases), ("imagesTs", test)):
         for case in group:
-            place(case, partial / folder, len(names))
-    for case in training:
+            place(case, partial / folder, len(data.channels))
+    for case in data.cases:
         _place(case["label"], partial / "labelsTr" / f"{case['case']}.nii.gz")
     if (split := Path(source) / "splits_final.json").is_file():
         shutil.copy2(split, partial / split.name)
-    texts = {key: given[key] for key in COPIED if key in given}
-    made = texts | describe([c["case"] for c in training], [c["case"] for c in test], names, labels)
+    texts = {key: data.description[key] for key in COPIED if key in data.description}
+    made = texts | describe(data, [case["case"] for case in test])
     (partial / "dataset.json").write_text(json.dumps(made, indent=4) + "\n")
     partial.rename(target)
-    print(f"wrote {target}: {len(training)} training and {len(test)} test cases, {len(names)} channel(s)")
+    print(f"wrote {target}: {len(data.cases)} training and {len(test)} test cases, {len(data.channels)} channel(s)")
 
 
 def _nnunet_images(case: dict, folder: Path, channels: int) -> None:
@@ -76,20 +73,21 @@ def _decathlon_images(case: dict, folder: Path, channels: int) -> None:
     _place(files[0], path) if len(files) == 1 else _stack(files, path)
 
 
-def _nnunet_json(training: list[str], test: list[str], names: list[str], labels: Labels) -> dict:
+def _nnunet_json(data: Dataset, test: list[str]) -> dict:
     return {
-        "channel_names": {str(channel): name for channel, name in enumerate(names)},
-        "labels": _values(labels),
-        "numTraining": len(training),
+        "channel_names": {str(channel): name for channel, name in enumerate(data.channels)},
+        "labels": _values(data.labels),
+        "numTraining": len(data.cases),
         "file_ending": ".nii.gz",
     }
 
 
-def _decathlon_json(training: list[str], test: list[str], names: list[str], labels: Labels) -> dict:
+def _decathlon_json(data: Dataset, test: list[str]) -> dict:
+    training = [case["case"] for case in data.cases]
     return {
-        "tensorImageSize": "3D" if len(names) == 1 else "4D",
-        "modality": {str(channel): name for channel, name in enumerate(names)},
-        "labels": {str(value): name for name, value in _values(labels).items()},
+        "tensorImageSize": "3D" if len(data.channels) == 1 else "4D",
+        "modality": {str(channel): name for channel, name in enumerate(data.channels)},
+        "labels": {str(value): name for name, value in _values(data.labels).items()},
         "numTraining": len(training),
         "numTest": len(test),
         "training": [{part: f"./{part}sTr/{name}.nii.gz" for part in ("image", "label")} for name in training],
@@ -99,7 +97,7 @@ def _decathlon_json(training: list[str], test: list[str], names: list[str], labe
 
 def _values(labels: Labels) -> dict[str, int]:
     exclusive = dict(zip(labels.names, labels.values, strict=True))
-    return exclusive if labels.ignore is None else {**exclusive, "ignore": labels.ignore}
+    return exclusive if labels.ignore_value is None else {**exclusive, "ignore": labels.ignore_value}
 
 
 def _place(file: str, path: Path) -> None:
@@ -114,35 +112,31 @@ def _place(file: str, path: Path) -> None:
 
 
 def _split(file: str, paths: list[Path]) -> None:
-    image, voxels = read(file)
-    if voxels.ndim != 4 or voxels.shape[3] != len(paths):
+    image = read_image(file)
+    if image.voxels.ndim != 4 or image.voxels.shape[3] != len(paths):
         raise UserError(
-            f"{file} has the shape {voxels.shape}; dataset.json names {len(paths)} channels: correct either."
+            f"{file} has the shape {image.voxels.shape}; dataset.json names {len(paths)} channels: correct either."
         )
-    for channel, path in enumerate(paths):
-        _write(image, voxels[..., channel], path)
+    for channel, path in zip(image.channels(), paths, strict=True):
+        _save(channel, path)
 
 
 def _stack(files: list[str], path: Path) -> None:
-    images, voxels = zip(*map(read, files), strict=True)
-    for file, image in zip(files, images, strict=True):
-        check_same_grid(file, image, files[0], images[0])
-    scales = {(i.dataobj.slope, i.dataobj.inter, v.dtype.str) for i, v in zip(images, voxels, strict=True)}
-    if len(scales) > 1:  # one header cannot say it: store the values themselves
-        values = [v * i.dataobj.slope + i.dataobj.inter for i, v in zip(images, voxels, strict=True)]
-        stacked = nib.Nifti1Image(np.stack(values, axis=-1).astype(np.float32), images[0].affine, images[0].header)
-        stacked.header.set_data_dtype(np.float32)
-        stacked.header.set_slope_inter(1, 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(stacked, path)
+    images = [read_image(file) for file in files]
+    for image in images:
+        check_same_grid(image.path, image.geometry, images[0].path, images[0].geometry)
+    if len({(image.slope, image.intercept, image.voxels.dtype.str) for image in images}) > 1:
+        # one header cannot say it: store the values themselves
+        voxels = np.stack([image.voxels * image.slope + image.intercept for image in images], axis=-1)
+        _save(images[0]._replace(voxels=voxels.astype(np.float32), slope=1.0, intercept=0.0), path)
     else:
-        _write(images[0], np.stack(voxels, axis=-1), path)
+        _save(images[0]._replace(voxels=np.stack([image.voxels for image in images], axis=-1)), path)
 
 
-def _write(like: nib.Nifti1Image, stored: np.ndarray, path: Path) -> None:
-    """Stored voxels with the affine, type, slope and intercept of `like`."""
+def _save(image: StoredImage, path: Path) -> None:
+    """Write stored voxels as they are, with the header of the file that they are from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(stored, like.affine, like.header)
-    image.header.set_data_dtype(stored.dtype)
-    image.header.set_slope_inter(like.dataobj.slope, like.dataobj.inter)  # set, nibabel stores the voxels as they are
-    nib.save(image, path)
+    made = nib.Nifti1Image(image.voxels, image.geometry.affine, open_image(image.path).header)
+    made.header.set_data_dtype(image.voxels.dtype)
+    made.header.set_slope_inter(image.slope, image.intercept)  # set, nibabel stores the voxels as they are
+    nib.save(made, path)

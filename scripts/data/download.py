@@ -9,10 +9,10 @@ from monai.apps import DecathlonDataset, download_url, extractall
 from ..utils.errors import UserError
 
 
-def fetching(
+def download_task(
     task: str, folder: str, url: str | None = None, hash_val: str | None = None, hash_type: str = "sha256"
 ) -> None:
-    """Puts a task's folder into `folder`; an archive that is there already is only checked.
+    """Put a task's folder into `folder`; an archive that is there already is only checked.
 
     Args:
         task: "Task04_Hippocampus", for example.

@@ -1,42 +1,123 @@
-"""Reading NIfTI files so that a damaged one is an error with a name and not a guess."""
+"""One reader for the image files on disk: where their voxels lie, and what they hold as stored."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
 
 from ..utils.errors import UserError
 
+ENDINGS = (".nii.gz", ".nii")
 
-def read(path: str | Path) -> tuple[nib.Nifti1Image, np.ndarray]:
-    """A file's header and its voxels as stored (before slope and intercept).
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Says where the voxels of a scan lie; checks, fingerprint, plan and cache ask it alone.
+
+    Args:
+        shape: voxels along the three stored axes.
+        affine: (4, 4) float64, stored voxel -> world in mm, x to the right, y to the front, z up (RAS+).
+    """
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+
+    @classmethod
+    def from_image(cls, image: nib.spatialimages.SpatialImage) -> Geometry:
+        """Take it from a nibabel image, whose affine is the sform where there is one, else the qform."""
+        return cls(tuple(image.shape[:3]), np.asarray(image.affine, dtype=np.float64))
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Edges of a voxel along the stored axes in mm."""
+        return tuple(float(f"{edge:.7g}") for edge in voxel_sizes(self.affine))  # headers are float32
+
+    @property
+    def orientation(self) -> str:
+        """Directions in which the stored axes rise, for example "RAS"."""
+        return "".join(nib.aff2axcodes(self.affine))
+
+    def in_ras(self, per_axis: tuple | list) -> list:
+        """Reorders what is given for each stored axis into the order x, y, z of the network's grid."""
+        order = np.argsort(nib.io_orientation(self.affine)[:, 0])
+        return [per_axis[axis] for axis in order]
+
+
+class StoredImage(NamedTuple):
+    """Hold a file's voxels as stored; `voxels * slope + intercept` are its values."""
+
+    path: str
+    geometry: Geometry
+    voxels: np.ndarray  # (X, Y, Z) or, with channels, (X, Y, Z, C)
+    slope: float
+    intercept: float
+
+    @property
+    def scaled(self) -> bool:
+        """Whether values differ from what is stored."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
+
+    def channels(self) -> Iterator[StoredImage]:
+        """Yield each channel as an image (X, Y, Z) of its own, sharing the memory."""
+        for voxels in [self.voxels] if self.voxels.ndim == 3 else np.moveaxis(self.voxels, -1, 0):
+            yield self._replace(voxels=voxels)
+
+
+def read_image(path: str | Path) -> StoredImage:
+    """Read a file to its end.
 
     Raises:
         UserError: the file is missing, cannot be read to its end, or has no grid.
+    """
+    image = open_image(path)
+    try:
+        stored = image.dataobj
+        assert isinstance(stored, ArrayProxy)  # of every file that nibabel opens
+        voxels = np.asanyarray(stored.get_unscaled())
+    except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as e:
+        raise _incomplete(path, e) from e
+    require_spacing(path, image)
+    return StoredImage(str(path), Geometry.from_image(image), voxels, stored.slope, stored.inter)
+
+
+def open_image(path: str | Path) -> nib.Nifti1Image:
+    """Read a file's header alone.
+
+    Raises:
+        UserError: the file is missing or no NIfTI file.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found; add the file or remove its case.")
     try:
         image = nib.load(path)
-        voxels = np.asanyarray(image.dataobj.get_unscaled())
     except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as e:
-        size = Path(path).stat().st_size
-        raise UserError(f"{path} ({size} bytes) is not a complete NIfTI file ({e}); copy or export it again.") from e
-    check_spacing(path, image)
-    return image, voxels
+        raise _incomplete(path, e) from e
+    if not isinstance(image, nib.Nifti1Image):
+        raise UserError(f"{path} is a {type(image).__name__}; expected a NIfTI file: convert it.")
+    return image
 
 
-def check_spacing(path: str | Path, image: nib.Nifti1Image) -> None:
-    """Raises UserError unless the stored voxel spacing and the affine span a volume.
+def _incomplete(path: str | Path, error: Exception) -> UserError:
+    size = Path(path).stat().st_size
+    return UserError(f"{path} ({size} bytes) is not a complete NIfTI file ({error}); copy or export it again.")
+
+
+def require_spacing(path: str | Path, image: nib.Nifti1Image) -> None:
+    """Raise UserError unless the stored voxel spacing and the affine span a volume.
 
     nibabel silently reads a spacing of 0 as 1 mm, so the header is read again without its repairs.
     """
-    with ImageOpener(path) as file:
+    with ImageOpener(str(path)) as file:
         header = type(image.header).from_fileobj(file, check=False)
     spacing = header["pixdim"][1:4]
     affine = image.affine[:3, :3]

@@ -1,117 +1,157 @@
 """What the values in label files mean: exclusive labels, overlapping regions, voxels to ignore.
 
-`dataset.json` speaks of *values*, as stored in the files and written into masks. In memory a label map holds *indices*
-0, 1, 2, .. into `values`, so that gaps cost nothing; voxels to ignore have the index behind the last.
+`dataset.json` and the files speak of *values*. In memory a label map holds *indices* 0, 1, 2, .. into `values`, so that
+gaps cost nothing; voxels to ignore have the index behind the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 from ..utils.errors import UserError
-from .datasets import dataset_json
 
 LARGEST = 32767  # int16
 
 
-class Labels(NamedTuple):
-    """A data set's labels.
+class LabelSettings(Protocol):
+    """Name what is written of labels beside a set of weights, see weights/model_settings.py."""
 
-    names: of the network's channels: the labels, background first, or the regions.
-    values: stored in the files, ascending, 0 first; without the one to ignore.
-    regions: of each region, the values that belong to it; None where labels exclude each other.
-    order: the value that each region is painted with, later regions over earlier ones (`regions_class_order`).
-    ignore: value of voxels that nobody annotated, or None.
+    out_channels: int
+    labels: Sequence[str] | None
+    label_values: Sequence[int] | None
+    regions: Mapping[str, Sequence[int]] | None
+    regions_class_order: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Answers every question about a data set's labels, as nnU-Net's LabelManager does.
+
+    Args:
+        names: of the network's channels: the labels, background first, or the regions.
+        values: of the labels in the files, ascending, 0 first; without the one to ignore.
+        regions: of each region, the values that belong to it; None where labels exclude each other.
+        regions_class_order: the value that each region is written as, later regions over earlier ones.
+        ignore_value: value of voxels that nobody annotated, or None.
     """
 
     names: list[str]
     values: list[int]
-    regions: dict[str, list[int]] | None
-    order: list[int] | None
-    ignore: int | None
+    regions: dict[str, list[int]] | None = None
+    regions_class_order: list[int] | None = None
+    ignore_value: int | None = None
+
+    @classmethod
+    def from_dataset_json(cls, description: Mapping, path: str | Path) -> Labels:
+        """Read Decathlon's (value to name) or nnU-Net v2's "labels" (name to value, or to the values of a region).
+
+        Args:
+            description: content of a dataset.json whose "labels" are a dictionary.
+            path: names the file in messages.
+
+        Raises:
+            UserError: a label has no integer value, two have one, or 0 or any other is missing; "ignore" is not the
+                highest; regions without an order to write them in.
+        """
+        groups, overlapping = _groups(description["labels"], path)
+        ignore = groups.pop("ignore", [None])[0]
+        stored = [value for group in groups.values() for value in group]
+        values = sorted(set(stored) if overlapping else stored)
+        repeated = len(set(values)) < len(values)
+        if repeated or len(values) < 2 or values[0] != 0 or values[-1] > LARGEST:
+            raise UserError(
+                f'{path} gives "labels" the values {values}; expected 0 (background) and at least one foreground label,'
+                f" up to {LARGEST}, each once; correct dataset.json."
+            )
+        if ignore is not None and ignore <= values[-1]:
+            raise UserError(
+                f'{path} gives "ignore" the value {ignore}; expected more than {values[-1]}, the highest label.'
+            )
+        if not overlapping:
+            return cls(sorted(groups, key=lambda name: groups[name]), values, ignore_value=ignore)
+        regions = {name: group for name, group in groups.items() if group != [0]}
+        order = _regions_class_order(description, regions, values, path)
+        return cls(list(regions), values, regions, order, ignore)
+
+    @classmethod
+    def from_settings(cls, settings: LabelSettings) -> Labels:
+        """Take what is written beside weights; labels that nobody wrote down are 0, 1, 2, .. by their channels."""
+        numbers = range(settings.out_channels)
+        names = settings.labels or ["background", *(f"label {number}" for number in numbers[1:])]
+        values = settings.label_values or numbers
+        regions = {name: list(group) for name, group in (settings.regions or {}).items()}
+        order = settings.regions_class_order
+        return cls(list(names), list(values), regions or None, None if order is None else list(order))
+
+    @property
+    def file_values(self) -> list[int]:
+        """Values by index, the one to ignore last: `[0, 1, 4]` or `[0, 1, 4, 5]`."""
+        return [*self.values, *([] if self.ignore_value is None else [self.ignore_value])]
+
+    @property
+    def ignore_index(self) -> int | None:
+        """Index of voxels to ignore, or None."""
+        return None if self.ignore_value is None else len(self.values)
+
+    @property
+    def index_names(self) -> list[str]:
+        """A name for every index; of regions, whose parts have none, "label 2" and so on."""
+        return self.names if self.regions is None else ["background", *(f"label {v}" for v in self.values[1:])]
+
+    @property
+    def eval_classes(self) -> dict[str, list[int]]:
+        """What is scored by default, name -> values: the regions, or each foreground label by itself."""
+        if self.regions:
+            return dict(self.regions)
+        return {name: [value] for name, value in zip(self.names[1:], self.values[1:], strict=True)}
+
+    @property
+    def activation(self) -> str:
+        """What makes probabilities of logits: "softmax", or "sigmoid" where regions overlap."""
+        return "sigmoid" if self.regions_class_order else "softmax"
+
+    @property
+    def region_indices(self) -> list[list[int]] | None:
+        """Indices that belong to each region, in the order of the network's channels; None without regions."""
+        return None if self.regions is None else list(self.indices_of(self.regions).values())
+
+    @property
+    def region_order(self) -> list[int] | None:
+        """Index that each region is written as, later ones over earlier ones; None where labels exclude each other."""
+        order = self.regions_class_order
+        return None if order is None else [self.values.index(value) for value in order]
+
+    def indices_of(self, classes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Translate classes made of values into classes made of indices.
+
+        Raises:
+            UserError: a class has a value that the files do not.
+        """
+        for name, group in classes.items():
+            if not set(group) <= set(self.values):
+                raise UserError(f"{name} is made of the label values {list(group)}; the data set has {self.values}.")
+        return {name: [self.values.index(value) for value in group] for name, group in classes.items()}
 
 
-def read(dataset_dir: str) -> Labels:
-    """The labels of a Decathlon (value to name) or nnU-Net v2 folder (name to value, or to the values of a region).
-
-    Raises:
-        UserError: a label has no integer value, two have one, or 0 or any other is missing; "ignore" is not the
-            highest; regions without an order to paint them in.
-    """
-    path, description = Path(dataset_dir) / "dataset.json", dataset_json(dataset_dir)
-    found = description["labels"]
-    if all(key.isdigit() for key in found):  # Decathlon's
-        found = {name: int(value) for value, name in found.items()}
-        if len(found) < len(description["labels"]):
-            raise UserError(f'{path} gives two "labels" one name: {description["labels"]}; correct dataset.json.')
-    groups = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+def _groups(found: Mapping, path: str | Path) -> tuple[dict[str, list[int]], bool]:
+    """Values of each name, and whether any name is a region."""
+    named = {name: int(value) for value, name in found.items()} if all(key.isdigit() for key in found) else dict(found)
+    if len(named) < len(found):
+        raise UserError(f'{path} gives two "labels" one name: {found}; correct dataset.json.')
+    groups = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
     if not all(group and all(type(value) is int for value in group) for group in groups.values()):
-        raise UserError(f'{path} gives "labels" {found}; expected an integer a name, or a list of them for a region.')
-    ignore = groups.pop("ignore", [None])[0]
-    overlapping = any(isinstance(value, list) for value in found.values())
-    stored = [value for group in groups.values() for value in group]
-    values = sorted(set(stored) if overlapping else stored)
-    repeated = len(set(values)) < len(values)
-    if repeated or len(values) < 2 or values[0] != 0 or values[-1] > LARGEST:
-        raise UserError(
-            f'{path} gives "labels" the values {values}; expected 0 (background) and at least one foreground label,'
-            f" up to {LARGEST}, each once; correct dataset.json."
-        )
-    if ignore is not None and ignore <= values[-1]:
-        raise UserError(
-            f'{path} gives "ignore" the value {ignore}; expected more than {values[-1]}, the highest label.'
-        )
-    if not overlapping:
-        return Labels(sorted(groups, key=groups.get), values, None, None, ignore)
-    regions = {name: group for name, group in groups.items() if group != [0]}
+        raise UserError(f'{path} gives "labels" {named}; expected an integer a name, or a list of them for a region.')
+    return groups, any(isinstance(value, list) for value in named.values())
+
+
+def _regions_class_order(description: Mapping, regions: Mapping, values: list[int], path: str | Path) -> list[int]:
     order = description.get("regions_class_order")
     if not isinstance(order, list) or len(order) != len(regions) or not set(order) <= set(values):
         raise UserError(
             f'{path} gives "regions_class_order" {order} for the regions {", ".join(regions)}; expected one of the'
             f" values {values[1:]} for each, in the order in which they are painted over one another."
         )
-    return Labels(list(regions), values, regions, order, ignore)
-
-
-def index_names(labels: Labels) -> list[str]:
-    """A name for every index; of regions, whose parts have none, "label 2" and so on."""
-    return labels.names if labels.regions is None else ["background", *(f"label {v}" for v in labels.values[1:])]
-
-
-def stored(values: Sequence[int], ignore: int | None) -> list[int]:
-    """Values by index, the one to ignore last: `[0, 1, 4]` or `[0, 1, 4, 5]`."""
-    return [*values, *([] if ignore is None else [ignore])]
-
-
-def ignore_index(values: Sequence[int], ignore: int | None) -> int | None:
-    """Index of voxels to ignore, or None."""
-    return None if ignore is None else len(values)
-
-
-def scored(names: Sequence[str], values: Sequence[int], regions: Mapping[str, Sequence[int]] | None) -> dict:
-    """What is scored by default, name -> values: the regions, or each foreground label by itself."""
-    return dict(regions) if regions else {name: [value] for name, value in zip(names[1:], values[1:], strict=True)}
-
-
-def indices(classes: Mapping[str, Sequence[int]], values: Sequence[int]) -> dict[str, list[int]]:
-    """Classes by the indices of their labels instead of the values.
-
-    Raises:
-        UserError: a class has a value that the files do not.
-    """
-    for name, group in classes.items():
-        if not set(group) <= set(values):
-            raise UserError(f"{name} is made of the label values {list(group)}; the data set has {list(values)}.")
-    return {name: [list(values).index(value) for value in group] for name, group in classes.items()}
-
-
-def members(regions: Mapping[str, Sequence[int]] | None, values: Sequence[int]) -> list[list[int]] | None:
-    """The indices that belong to each region, in the order of the network's channels; None without regions."""
-    return None if regions is None else list(indices(regions, values).values())
-
-
-def painted(order: Sequence[int] | None, values: Sequence[int] | None) -> list[int] | None:
-    """The index that each region is painted with; None where labels exclude each other."""
-    return None if order is None else [list(values).index(value) for value in order]
+    return order

@@ -23,7 +23,7 @@ LEAST_SHARE = 0.04  # of the voxels for each class, so that every scan has all o
 
 
 def phantom(folder: str, training: int = 10, test: int = 2) -> str:
-    """Makes the phantom data set in `folder` unless it is there, and returns `folder`.
+    """Make the phantom data set in `folder` unless it is there, and returns `folder`.
 
     The folder appears at once and complete, also when several processes ask for it together.
     """
@@ -64,7 +64,7 @@ def phantom(folder: str, training: int = 10, test: int = 2) -> str:
 
 def _case(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     random = np.random.RandomState(index)
-    share = np.zeros(len(CLASSES))
+    share: np.ndarray = np.zeros(len(CLASSES))
     while share.min() < LEAST_SHARE:  # the generator places and covers spheres as it likes
         image, label = create_test_image_3d(
             *SHAPE,
@@ -77,7 +77,7 @@ def _case(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
         )
         share = np.bincount(label.ravel(), minlength=len(CLASSES)) / label.size
     affine = np.eye(4)
-    affine[:3, :3] = _rotation(random.uniform(-0.4, 0.4, size=3)) * SPACING
+    affine[:3, :3] = _rotation(random.uniform(-0.4, 0.4, size=3)) * np.array(SPACING)
     if index % 2:  # every other scan is stored flipped and with its axes in another order
         image, label = (np.ascontiguousarray(a.transpose(2, 0, 1)[:, ::-1]) for a in (image, label))
         affine[:3, :3] = affine[:3, [2, 0, 1]] * (1, -1, 1)

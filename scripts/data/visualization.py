@@ -11,10 +11,10 @@ COLOURS = np.array(  # Okabe and Ito's palette, distinguishable with any colour 
 )
 
 
-def overlay(
+def draw_overlay(
     image: np.ndarray, label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], height: int = 256
 ) -> np.ndarray:
-    """Three panels side by side: scan, scan with label, scan with prediction, of the slice that `fullest_slice` names.
+    """Draw three panels side by side, scan, scan with label, scan with prediction, of the `fullest_slice`.
 
     Args:
         image: (X, Y, Z) intensities.
@@ -41,7 +41,7 @@ def overlay(
 
 
 def fullest_slice(label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[int, int]:
-    """(axis, index) of the slice with most labelled voxels, or predicted ones where nothing is labelled.
+    """Find the (axis, index) of the slice with most labelled voxels, or predicted ones where nothing is labelled.
 
     It lies across the axis of the largest spacing, the last one among equals.
     """
@@ -61,13 +61,13 @@ def _window(grey: np.ndarray, labelled: np.ndarray) -> tuple[float, float]:
 
 
 def _stretch(count: int, edge: float, finest: float, scale: float) -> np.ndarray:
-    """Indices that repeat `count` rows so that they appear `scale` pixels a finest voxel."""
+    """Return indices that repeat `count` rows so that they appear `scale` pixels a finest voxel."""
     pixels = max(count, round(count * edge / finest * max(scale, 1)))
     return np.arange(pixels) * count // pixels
 
 
 def _paint(grey: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Colours labelled pixels, and fully along their outline."""
+    """Colour labelled pixels, and fully along their outline."""
     labels = labels.round().astype(int)
     inner = np.zeros(labels.shape, dtype=bool)
     centre = labels[1:-1, 1:-1]

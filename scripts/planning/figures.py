@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from .fingerprint import QUANTILES
 
 
-def fingerprint_page(records: Sequence[dict], labels: Sequence[str], spacing: Sequence[float], path: Path) -> None:
-    """Four panels: shapes on the target grid, spacings, foreground intensities, volumes of each label.
+def draw_fingerprint(records: Sequence[dict], labels: Sequence[str], spacing: Sequence[float], path: Path) -> None:
+    """Draw four panels: shapes on the target grid, spacings, foreground intensities, volumes of each label.
 
     Args:
-        records: survey of the usable cases.
+        records: fingerprints of the usable cases.
         labels: names by value, background first.
         spacing: of the target grid in mm.
         path: PNG to write.
@@ -34,8 +34,8 @@ def fingerprint_page(records: Sequence[dict], labels: Sequence[str], spacing: Se
     for channel in range(len(records[0]["foreground"])):
         found = [r["foreground"][channel]["quantiles"] for r in records if r["foreground"][channel]]
         for number, quantiles in enumerate(found):
-            name = f"channel {channel}, one line a case" if number == 0 else None
-            axes[2].plot(quantiles, 100 * QUANTILES, color=f"C{channel}", alpha=max(0.05, 1 / len(found)), label=name)
+            label = f"channel {channel}, one line a case" if number == 0 else None
+            axes[2].plot(quantiles, 100 * QUANTILES, color=f"C{channel}", alpha=max(0.05, 1 / len(found)), label=label)
     axes[2].set(title="Intensities of labelled voxels", xlabel="intensity as stored", ylabel="% of voxels below")
     millilitres = [
         [n * np.prod(r["spacing"]) / 1000 for r in records if (n := r["labels"][value])]

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from ..data.checks import warn_of_small_scans
-from ..data.datasets import channel_names, dataset_json, image_files, listed_cases, missing_files, scan_files
-from ..data.labels import index_names
-from ..data.labels import read as read_labels
+from ..data.datasets import Dataset, missing_files
+from ..data.scans import image_files, list_scans
 from ..utils.errors import UserError
-from .fingerprint import survey
+from .fingerprint_file import fingerprint_cases
 
 logger = logging.getLogger("mednext")
 
@@ -26,7 +24,7 @@ SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier
 
 
 class Finding(NamedTuple):
-    """Something a person should know: "error" stops a training, "warning" does not."""
+    """Say something that a person should know: "error" stops a training, "warning" does not."""
 
     severity: str
     case: str
@@ -42,8 +40,8 @@ def _warning(record: dict, message: str) -> Finding:
 
 
 def duplicates(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """The same voxels under two names end up on both sides of a fold."""
-    seen = {}
+    """Find the same voxels under two names, which end up on both sides of a fold."""
+    seen: dict[str, dict] = {}
     for record in records:
         first = seen.setdefault(record["digest"], record)
         if first is not record:
@@ -51,7 +49,7 @@ def duplicates(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Findi
 
 
 def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """Orientations are handled, but a rare one is often a wrong header."""
+    """Find rare orientations, which are handled but often a wrong header."""
     counts = Counter(record["orientation"] for record in records)
     usual = counts.most_common(1)[0][0] if counts else ""
     for record in records:
@@ -64,14 +62,14 @@ def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fin
 
 
 def without_foreground(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """A case without any label teaches background only; often its label file is the wrong one."""
+    """Find cases without any label, which teach background only; often the label file is the wrong one."""
     for record in records:
         if not sum(record["labels"][1 : len(labels)]):
             yield _warning(record, "has no labelled voxel; look whether that is meant.")
 
 
 def absent_labels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """A label that dataset.json names and no case has cannot be learnt."""
+    """Find labels that dataset.json names and no case has: they cannot be learnt."""
     for value, name in enumerate(labels):
         if records and not any(record["labels"][value] for record in records):
             message = (
@@ -81,7 +79,7 @@ def absent_labels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fi
 
 
 def spacings(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """Voxels a multiple larger or smaller than usual."""
+    """Find voxels that are a multiple larger or smaller than usual."""
     if not records:
         return
     usual = np.median([sorted(record["spacing"]) for record in records], axis=0)
@@ -95,97 +93,102 @@ def spacings(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding
 
 
 def single_slices(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """2D images in 3D files train a 3D network on one plane."""
+    """Find 2D images in 3D files, which train a 3D network on one plane."""
     for record in records:
         if min(record["shape"]) == 1:
             yield _warning(record, f"is a single slice of {record['shape']} voxels; a 3D network sees one plane of it.")
 
 
-def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """Means far from those of the other cases: another unit, another modality, an empty scan."""
-    for channel in range(len(records[0]["channels"]) if records else 0):
-        found = [(record, record["channels"][channel]) for record in records]
-        for record, moments in found:
+def empty_channels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find channels that are zero everywhere."""
+    for record in records:
+        for channel, moments in enumerate(record["channels"]):
             if moments is None:
                 yield _warning(record, f"is zero everywhere in channel {channel}; export it again.")
-        means = np.array([moments["mean"] for _, moments in found if moments])
+
+
+def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find means far from those of the other cases: another unit, another modality, an empty scan."""
+    for channel in range(len(records[0]["channels"]) if records else 0):
+        means = {index: m["mean"] for index, record in enumerate(records) if (m := record["channels"][channel])}
         if len(means) < 5:
             continue
-        usual = np.median(means)
-        spread = 1.4826 * np.median(np.abs(means - usual))  # the standard deviation of a normal distribution
-        for record, moments in found:
-            if moments and spread and abs(moments["mean"] - usual) > FAR * spread:
+        usual = np.median(list(means.values()))
+        spread = 1.4826 * np.median(np.abs(list(means.values()) - usual))  # the standard deviation of a normal one
+        for index, mean in means.items():
+            if spread and abs(mean - usual) > FAR * spread:
                 yield _warning(
-                    record,
-                    f"has a mean intensity of {moments['mean']:.4g} in channel {channel}, the median case {usual:.4g};"
+                    records[index],
+                    f"has a mean intensity of {mean:.4g} in channel {channel}, the median case {usual:.4g};"
                     " look whether it has the unit and the modality of the others.",
                 )
 
 
-REVIEWS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...] = (
     duplicates,
     orientations,
     without_foreground,
     absent_labels,
     spacings,
     single_slices,
+    empty_channels,
     intensities,
 )
 
 
 def absent_files(items: Sequence[dict]) -> Iterator[Finding]:
-    """Every file that a case lacks, not the first one alone."""
+    """Find every file that a case lacks, not the first one alone."""
     for case in items:
         for path in missing_files(case):
             yield Finding("error", case["case"], path, f"{path} not found; add it or remove case {case['case']}.")
 
 
-def unlisted(dataset_dir: str, items: Sequence[dict]) -> Iterator[Finding]:
-    """Files in the training folders that no case uses, and another number of cases than dataset.json says."""
-    folder = Path(dataset_dir)
-    used = {Path(file).resolve() for case in items for file in (*image_files(case), case["label"])}
-    for file in [file for name in ("imagesTr", "labelsTr") for file in scan_files(folder / name)]:
+def unlisted_files(data: Dataset) -> Iterator[Finding]:
+    """Find files in the training folders that no case uses."""
+    used = {Path(file).resolve() for case in data.listed_cases for file in (*image_files(case), case["label"])}
+    for file in [file for name in ("imagesTr", "labelsTr") for file in list_scans(data.folder / name)]:
         if file.resolve() not in used:
             yield Finding(
                 "warning", "", str(file), f"{file} belongs to no case of dataset.json; add it there or remove it."
             )
-    said = dataset_json(dataset_dir).get("numTraining")
-    if said not in (None, len(items)):
-        message = f'{folder / "dataset.json"} says "numTraining" {said}, the folder has {len(items)} cases; correct it.'
+
+
+def case_counts(data: Dataset) -> Iterator[Finding]:
+    """Find another number of cases than dataset.json says, and fewer than a training needs."""
+    said, count = data.description.get("numTraining"), len(data.listed_cases)
+    if said not in (None, count):
+        message = f'{data.file} says "numTraining" {said}, the folder has {count} cases; correct it.'
         yield Finding("warning", "", "dataset.json", message)
-    if len(items) < 2:
-        message = f"{folder} has {len(items)} labelled cases; expected at least 2, to train and to validate."
+    if count < 2:
+        message = f"{data.folder} has {count} labelled cases; expected at least 2, to train and to validate."
         yield Finding("error", "", "dataset.json", message)
 
 
-def review(dataset_dir: str, memory: str) -> list[Finding]:
-    """All findings about a data set, errors first.
+def inspect_dataset(data: Dataset, fingerprint_file: str) -> list[Finding]:
+    """List all findings about a data set, errors first.
 
     Args:
-        dataset_dir: a Decathlon or nnU-Net v2 folder.
-        memory: JSON file that remembers what was read, see survey.py.
-
-    Raises:
-        UserError: the folder or its dataset.json cannot be used at all.
+        data: the data set.
+        fingerprint_file: JSON file that remembers what was read.
     """
-    items, labels = listed_cases(dataset_dir), read_labels(dataset_dir)
-    absent = list(absent_files(items))
+    absent = list(absent_files(data.listed_cases))
     lacking = {finding.case for finding in absent}
-    complete = [case for case in items if case["case"] not in lacking]
-    records = survey(complete, len(channel_names(dataset_dir)), labels.values, memory, labels.ignore)
+    complete = [case for case in data.listed_cases if case["case"] not in lacking]
+    records = fingerprint_cases(complete, len(data.channels), data.labels, fingerprint_file)
     faults = [Finding("error", r["case"], r["file"], r["error"]) for r in records if "error" in r]
-    usable, names = [record for record in records if "error" not in record], index_names(labels)
-    noted = [*unlisted(dataset_dir, items), *(finding for check in REVIEWS for finding in check(usable, names))]
-    return sorted([*absent, *faults, *noted], key=lambda finding: finding.severity)
+    usable = [record for record in records if "error" not in record]
+    odd = [finding for check in CHECKS for finding in check(usable, data.labels.index_names)]
+    found = [*absent, *faults, *unlisted_files(data), *case_counts(data), *odd]
+    return sorted(found, key=lambda finding: finding.severity)
 
 
-def checking(dataset_dir: str, output_dir: str, memory: str) -> None:
-    """Prints all findings and writes them to `check.json` in `output_dir`.
+def check_dataset(dataset_dir: str, output_dir: str, fingerprint_file: str) -> None:
+    """Print all findings and writes them to `check.json` in `output_dir`.
 
     Raises:
         UserError: a training could not use the data set as it is.
     """
-    findings = review(dataset_dir, memory)
+    findings = inspect_dataset(Dataset(dataset_dir), fingerprint_file)
     for finding in findings:
         print(finding)
     path = Path(output_dir) / "check.json"
@@ -197,46 +200,54 @@ def checking(dataset_dir: str, output_dir: str, memory: str) -> None:
         raise UserError(f"{errors} errors in {dataset_dir} keep it from being trained on; mend them as said above.")
 
 
+# ---- before a training
+
+
 def check_cases(
-    items: Sequence[dict],
-    channels: int,
-    values: Sequence[int],
+    records: Sequence[dict],
     patch_size: Sequence[int],
     spacing: Sequence[float],
-    memory: str,
-    ignore: int | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Stops a training that cannot end well, and warns of what is odd; cases that are known are not read again.
-
-    On the first process alone.
+    """Stop a training that cannot end well, and warns of what is odd, on the first process alone.
 
     Args:
-        items: cases with "image" and "label"; with fold "all" each comes twice, and counts once.
-        channels: image channels that dataset.json names.
-        values: of the labels that dataset.json names, background first.
+        records: of the cases that it trains and validates on, see fingerprint_file.py.
         patch_size: training patch in voxels; scans smaller than it are padded, which a warning mentions.
         spacing: training grid in mm.
-        memory: JSON file that remembers what was read.
-        ignore: value of voxels that nobody annotated, or None.
-        names: of the labels by index, to review the cases as a whole; None leaves that out.
+        names: of the labels by index, to check the cases as a whole; None leaves that out.
 
     Raises:
         UserError: one sentence for each bad case.
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        items = list({case["case"]: case for case in items}.values())
-        records = survey(items, channels, values, memory, ignore)
         faults = [record["error"] for record in records if "error" in record]
         if len(faults) == 1:
             raise UserError(faults[0])
         if faults:
-            raise UserError(f"{len(faults)} of {len(items)} cases cannot be used:\n  " + "\n  ".join(faults))
-        for finding in [f for check in REVIEWS for f in check(records, names)] if names else ():
+            raise UserError(f"{len(faults)} of {len(records)} cases cannot be used:\n  " + "\n  ".join(faults))
+        for finding in [f for check in CHECKS for f in check(records, names)] if names else ():
             logger.warning("%s", finding.message)
         warn_of_small_scans(records, patch_size, spacing)
     if dist.is_initialized():
         dist.barrier()
+
+
+def warn_of_small_scans(records: Sequence[dict], patch_size: Sequence[int], spacing: Sequence[float]) -> None:
+    """Warn how much of the training patch is padding where that is most of it."""
+    extents = [np.multiply(record["shape"], record["spacing"]) for record in records]
+    voxels = np.array(extents) / np.array(spacing)
+    share = np.prod(np.minimum(voxels, patch_size), axis=1) / np.prod(patch_size)
+    if len(share) and np.median(share) < 0.5:
+        logger.warning(
+            "scans fill only %.0f %% of the %s patch (median extent %s voxels at %s mm); the rest is padding:"
+            ' consider a smaller --patch_size, for example "%s".',
+            100 * np.median(share),
+            list(patch_size),
+            np.median(voxels, axis=0).round().astype(int).tolist(),
+            list(spacing),
+            (np.maximum(np.ceil(np.median(voxels, axis=0) / 16), 1).astype(int) * 16).tolist(),
+        )
 
 
 def _mm(spacing: Sequence[float]) -> str:

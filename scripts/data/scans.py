@@ -1,0 +1,81 @@
+"""Which scans there are to segment: a file, a folder of files, or the test scans of a training folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..utils.errors import UserError
+from .images import ENDINGS
+
+CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's case_0000.nii.gz
+
+
+def image_files(case: dict) -> list[str]:
+    """List the image files of a case: one, or one a channel."""
+    return [case["image"]] if isinstance(case["image"], str) else list(case["image"])
+
+
+def list_scans(folder: Path) -> list[Path]:
+    """List the NIfTI files of a folder, sorted; none where there is no such folder."""
+    return sorted(path for path in folder.iterdir() if _is_scan(path)) if folder.is_dir() else []
+
+
+def _is_scan(path: Path) -> bool:
+    return path.is_file() and path.name.endswith(ENDINGS) and not path.name.startswith((".", "_"))
+
+
+def stem(path: Path) -> str:
+    """Strip the ending from a file's name."""
+    for ending in ENDINGS:
+        if path.name.endswith(ending):
+            return path.name[: -len(ending)]
+    return path.stem
+
+
+def find_scans(dataset_dir: str, channels: int = 1) -> list[dict]:
+    """Find unlabelled cases: a file, a folder of files, or a training folder (its imagesTs, else its imagesTr).
+
+    With several channels, `case_0000.nii.gz, case_0001.nii.gz, ..` are one case; a 4D file brings its channels itself.
+
+    Returns:
+        Of each case `{"case": id, "image": file or list of files}`, sorted by id.
+
+    Raises:
+        UserError: nothing to segment is found.
+    """
+    path = Path(dataset_dir)
+    files = _files_of_one(path, channels) if path.is_file() else _files_in(path)
+    if not files:
+        raise UserError(f"{path} holds no {' or '.join(ENDINGS)} file; give a NIfTI file or a folder of them.")
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        groups.setdefault(case_id(file, channels), []).append(str(file))
+    return [{"case": name, "image": group[0] if len(group) == 1 else group} for name, group in sorted(groups.items())]
+
+
+def _files_of_one(path: Path, channels: int) -> list[Path]:
+    if not path.name.endswith(ENDINGS):
+        raise UserError(f"{path} is not a NIfTI file by its name; expected {' or '.join(ENDINGS)}.")
+    if channels == 1:
+        return [path]
+    own = case_id(path, channels)  # one channel stands for its case
+    return [p for p in path.parent.iterdir() if _is_scan(p) and case_id(p, channels) == own]
+
+
+def _files_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"dataset_dir {path} does not exist; give a NIfTI file or a folder of them.")
+    folders = [path] + [path / name for name in ("imagesTs", "imagesTr") if (path / name).is_dir()]
+    return next((found for folder in folders if (found := list_scans(folder))), [])
+
+
+def case_id(path: Path, channels: int) -> str:
+    """Name the case of a file; a suffix is a channel only if there can be such a channel (scan_2024.nii.gz has none)."""
+    match = CHANNEL.search(stem(path))
+    return stem(path)[: match.start()] if match and int(match[1]) < channels else stem(path)
+
+
+def mask_name(meta: dict, _saver: object = None) -> dict:
+    """Give MONAI's `SaveImaged(output_name_formatter=)` the parts of a mask's file name: the case, no patch index."""
+    return {"subject": case_id(Path(str(meta["filename_or_obj"])), 1), "idx": None}

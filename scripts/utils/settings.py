@@ -1,0 +1,67 @@
+"""Settings by their names: those that were renamed or moved are accepted for one release, with a sentence."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
+RENAMED = {  # names of 0.6 -> where the value stands now; gone with 0.8
+    "upkern_from": "init_weights",
+    "keep": "checkpoint_selection",
+    "scored": "model#eval_classes",
+    "memory": "fingerprint_file",
+    "tiles": "window_scheme",
+    "skip_heads": "fine_tuning#skip_heads",
+    "freeze": "fine_tuning#freeze",
+    "layer_decay": "fine_tuning#layer_decay",
+    "warmup_epochs": "fine_tuning#warmup_epochs",
+    "dim": "model#dim",
+    "deep_supervision": "model#deep_supervision",
+    "batch_dice": "train#batch_dice",
+    "rotate_range": "train#rotate_range",
+    "planned_for": "checks#planned_for",
+    "recipe": "checks#recipe",
+}
+
+OF_THE_WEIGHTS = ("size", "kernel_size", "spacing", "intensity", "crop_to_nonzero")  # read from model.json, not set
+
+logger = logging.getLogger("mednext")
+
+
+def accept_old_names(config: ConfigParser | None = None) -> None:
+    """Move the values of settings that were given by their names of the release before to where they stand now.
+
+    It stands first among the steps that a configuration begins with, before anything that it could change is made.
+
+    Args:
+        config: the configuration; by default the one whose expression calls this function, which MONAI does not hand
+            to expressions.
+    """
+    config = config or _calling_config()
+    content = config.get() if config is not None else None
+    if config is None or not isinstance(content, dict):
+        return
+    old = {name: now for name, now in RENAMED.items() if name in content and now.split("#")[0] in content}
+    if "model#weights" in config:
+        old |= {name: f"model#{name}" for name in OF_THE_WEIGHTS if content.get(name) is not None}
+    for name, now in old.items():
+        logger.warning("--%s is called --%s now; the old name is understood until version 0.8.", name, now)
+        config[now] = content.pop(name)
+    if old:
+        config.parse(reset=True)  # what was resolved before may depend on them
+
+
+def _calling_config() -> ConfigParser | None:
+    from monai.bundle import ConfigParser
+
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), ConfigParser):
+            return owner
+        frame = frame.f_back
+    return None
