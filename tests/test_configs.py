@@ -13,6 +13,9 @@ from conftest import CACHE, ROOT, SHARED
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import ID_SEP_KEY
 
+from scripts.data.labels import Labels
+from scripts.weights.model_settings import ModelSettings
+
 CONFIGS = sorted((ROOT / "configs").rglob("*.json"))
 OVERLAYS = {
     "training": ["train"],
@@ -71,23 +74,15 @@ def test_every_property_that_monai_asks_for_is_there(names, kind, phantom_dir, t
 
 def test_shared_settings_and_definitions_have_the_same_text():
     train, inference = read("train"), read("inference")
-    for key in (
-        "network_def",
-        "stored_transforms",
-        "grid_transforms",
-        "network",
-        "dataset_dir",
-        "device",
-        "amp",
-        "amp_kwargs",
-        "compile",
-        "activation",
-        "overlap",
-        "tiles",
-        "tta",
-    ):
+    for key in ("network_def", "network", "device", "amp", "compile", "overlap", "window_scheme", "tta"):
         assert json.dumps(train[key]) == json.dumps(inference[key]), key
+    for part in ("native", "resampled", "image"):
+        assert train["transforms"][part] == inference["transforms"][part], part
     assert train["validate"]["inferer"] == inference["inferer"]
+
+
+def test_training_has_at_most_45_keys():
+    assert len(read("train")) <= 45
 
 
 def test_compiling_is_off_and_one_switch_away(phantom_dir, tmp_path):
@@ -98,18 +93,23 @@ def test_compiling_is_off_and_one_switch_away(phantom_dir, tmp_path):
         assert "stem.weight" in network.state_dict()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "inference"])
-def test_defaults_for_weights_without_settings_are_those_of_training(name):
-    train, trained = read("train"), read(name)["trained"]
-    own = {"size", "kernel_size", "dim", "deep_supervision", "spacing", "patch_size", "mirror_axes", "fold"}
-    shared = own & set(trained)
-    assert len(shared) >= 5
-    assert {key: trained[key] for key in shared} == {key: train[key] for key in shared}
+def test_defaults_for_weights_without_settings_are_those_of_training():
+    train, weights = read("train"), ModelSettings().as_dict()
+    for name in ("size", "kernel_size", "spacing", "patch_size", "intensity", "crop_to_nonzero", "mirror_axes", "fold"):
+        assert json.dumps(weights[name]) == json.dumps(train[name]), name
+    assert (weights["dim"], weights["deep_supervision"]) == (
+        train["model"]["dim"], train["model"]["deep_supervision"]
+    )  # fmt: skip
+
+
+def test_everything_about_the_weights_is_written_beside_them():
+    written = read("train")["model"].keys() - {"_target_", "_desc_"}
+    assert written == ModelSettings().as_dict().keys() - {"training_ranges"}  # which are added when they are known
 
 
 def test_scoring_takes_the_fold_that_the_weights_were_not_trained_on():
-    assert read("evaluate")["fold"] == "$@trained['fold']"
-    assert read("train")["settings"]["fold"] == "@fold"
+    assert read("evaluate")["fold"] == "$@model.fold"
+    assert read("train")["model"]["fold"] == "@fold"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -121,7 +121,7 @@ def test_expressions_are_short_and_files_are_self_contained(path):
 
 
 def test_several_processes_begin_as_one_does_once_they_are_connected():
-    assert read("multi_gpu_train")["initialize"] == ["$engines.start_distributed()", *read("train")["initialize"]]
+    assert read("multi_gpu_train")["initialize"] == ["$devices.start_distributed()", *read("train")["initialize"]]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():
@@ -135,14 +135,13 @@ def test_overlays_only_touch_what_exists(names):
         for key in read(name):
             assert key.lstrip("+").split("#")[0] in {
                 *base,
-                "trained",
                 "ensemble",
+                "model_file",
                 "postprocessing_file",
                 "save_predictions",
                 "nsd_tolerance_mm",
                 "report",
                 "evaluating",
-                "cases",
                 "decide",
                 "pooling",
                 "finalize",
@@ -169,9 +168,9 @@ def test_recipe_is_the_papers():
 
 def test_loss_is_the_mean_of_five_resolutions_with_the_published_weights():
     train = read("train")
-    settings = {"batch_dice": False, "regions": None, "label_values": [0, 1, 2], "ignore": None}
-    parser = ConfigParser({"loss": train["train"]["loss"], "imports": train["imports"], **settings})
-    loss = parser.get_parsed_content("loss")
+    labels = Labels(["background", "a", "b"], [0, 1, 2])
+    parser = ConfigParser({"train": train["train"], "imports": train["imports"], "labels": labels})
+    loss = parser.get_parsed_content("train#loss")
     torch.manual_seed(0)
     label = torch.randint(0, 3, (2, 1, 32, 32, 32)).float()
     logits = [torch.randn(2, 3, *(32 // 2**i,) * 3) for i in range(5)]
@@ -215,6 +214,43 @@ class TestMetadata:
         if schema is None:
             pytest.skip("the schema is not part of MONAI; put it at eval/schema.json to check against it")
         jsonschema.validate(read("metadata"), json.loads(schema.read_text()))
+
+
+SETTINGS = {  # a section of docs/reference/settings.md -> its configuration, and the key behind its last setting
+    "configs/train.json": (["train"], "data"),
+    "configs/evaluate.json": (["train", "evaluate"], "model"),
+    "configs/inference.json": (["inference"], "model"),
+    "configs/plan.json": (["plan"], "initialize"),
+    "configs/fetch.json": (["fetch"], "fetching"),
+}
+
+
+def documented(config: str) -> dict[str, str]:
+    """Setting -> default, as the page has them."""
+    page = (ROOT / "docs/reference/settings.md").read_text()
+    table = page[page.index(f"`{config}`") :].split("|---|---|---|---|\n", 1)[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table.splitlines()]
+    assert all(len(row) == 4 for row in rows)
+    return {row[0].strip("|` "): row[1] for row in rows}
+
+
+@pytest.mark.parametrize("config", SETTINGS)
+def test_the_page_of_settings_names_them_all_with_their_defaults(config):
+    names, end = SETTINGS[config]
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in names])
+    page, own = documented(config), list(read(names[-1]))
+    if names[-1] != "evaluate":  # an overlay sets settings of the file below it, which its section has
+        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "fine_tuning")}
+        assert wanted <= set(page), wanted - set(page)
+    for name, default in page.items():
+        if name == "network_def#checkpoint_style":  # the table of sizes has its default
+            continue
+        value = parser[name]
+        if isinstance(value, dict) or str(value).startswith("$"):
+            assert not default.startswith(("`[", '`"')), f"{name} is worked out; its default is said in words"
+        else:
+            assert default == f"`{json.dumps(value)}`", name
 
 
 def test_large_files_name_their_hash():

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, save
 
-from scripts.data import labels
 from scripts.data.convert import convert_layout
-from scripts.data.datasets import cases, channel_names, image_files
+from scripts.data.datasets import Dataset
+from scripts.data.scans import image_files
 from scripts.utils.errors import UserError
 
 AFFINE = np.diag([-1.0, 2.0, 3.0, 1.0])
@@ -52,9 +52,9 @@ def multichannel(folder: Path, slope: float = 1.0) -> Path:
 def test_channels_are_split_and_stacked_again_unchanged(slope, tmp_path):
     source = multichannel(tmp_path / "Task77_Two", slope)
     convert_layout(str(source), str(tmp_path / "Dataset077_Two"))
-    made = cases(str(tmp_path / "Dataset077_Two"))
+    made = Dataset(tmp_path / "Dataset077_Two").cases
     assert [len(image_files(case)) for case in made] == [2, 2]
-    for case, given in zip(made, cases(str(source)), strict=True):
+    for case, given in zip(made, Dataset(source).cases, strict=True):
         for channel, file in enumerate(case["image"]):
             np.testing.assert_array_equal(values(file), values(given["image"])[..., channel])
             assert nib.load(file).get_data_dtype() == np.int16
@@ -67,7 +67,7 @@ def test_channels_are_split_and_stacked_again_unchanged(slope, tmp_path):
     }  # fmt: skip
 
     convert_layout(str(tmp_path / "Dataset077_Two"), str(tmp_path / "back"))
-    for case, given in zip(cases(str(tmp_path / "back")), cases(str(source)), strict=True):
+    for case, given in zip(Dataset(tmp_path / "back").cases, Dataset(source).cases, strict=True):
         np.testing.assert_array_equal(values(case["image"]), values(given["image"]))
     np.testing.assert_array_equal(
         values(str(tmp_path / "back/imagesTs/t.nii.gz")), values(str(source / "imagesTs/t.nii.gz"))
@@ -86,13 +86,13 @@ def test_single_channels_are_linked_not_copied(phantom_dir, tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert "5 training and 2 test cases, 1 channel(s)" in done.stdout
-    made, given = cases(str(tmp_path / "Dataset001_Phantom")), cases(str(source))
+    made, given = Dataset(tmp_path / "Dataset001_Phantom").cases, Dataset(source).cases
     for one, other in zip(made, given, strict=True):
         assert one["case"] == other["case"]
         assert Path(one["image"]).samefile(other["image"])
         assert Path(one["label"]).samefile(other["label"])
-    assert labels.read(str(tmp_path / "Dataset001_Phantom")) == labels.read(str(source))
-    assert channel_names(str(tmp_path / "Dataset001_Phantom")) == channel_names(str(source))
+    assert Dataset(tmp_path / "Dataset001_Phantom").labels == Dataset(source).labels
+    assert Dataset(tmp_path / "Dataset001_Phantom").channels == Dataset(source).channels
 
 
 def test_channels_of_other_types_keep_their_values(tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import save
 
-from scripts.data import datasets as data
+from scripts.data.datasets import Dataset
+from scripts.data.folds import five_folds
+from scripts.data.scans import find_scans
 from scripts.utils.errors import UserError
 
 
@@ -31,44 +34,44 @@ def nnunet_folder(tmp_path, cases=("a", "b", "c"), channels=2, **changes):
 
 
 def test_decathlon_folder_gives_cases_and_channels(phantom_dir):
-    assert data.channel_names(str(phantom_dir)) == ["phantom"]
-    found = data.cases(str(phantom_dir))
+    assert Dataset(phantom_dir).channels == ["phantom"]
+    found = Dataset(phantom_dir).cases
     assert [case["case"] for case in found] == [f"phantom_0{i}" for i in range(5)]
     assert nib.load(found[0]["image"]).shape == nib.load(found[0]["label"]).shape
 
 
 def test_nnunet_folder_gives_one_file_a_channel(tmp_path):
     folder = nnunet_folder(tmp_path)
-    assert [p.rsplit("/", 1)[1] for p in data.cases(folder)[1]["image"]] == ["b_0000.nii.gz", "b_0001.nii.gz"]
+    assert [p.rsplit("/", 1)[1] for p in Dataset(folder).cases[1]["image"]] == ["b_0000.nii.gz", "b_0001.nii.gz"]
 
 
 def test_ten_channels_keep_their_numeric_order(tmp_path):
     folder = nnunet_folder(tmp_path, channel_names={str(i): f"channel{i}" for i in range(11)})
-    assert data.channel_names(folder)[10] == "channel10"
+    assert Dataset(folder).channels[10] == "channel10"
 
 
 def test_folds_partition_the_cases():
     names = [f"case_{i:02d}" for i in range(23)]
-    folds = data.five_folds(names)
+    folds = five_folds(names)
     assert sorted(n for fold in folds for n in fold["val"]) == names
     assert all(sorted(fold["train"] + fold["val"]) == names for fold in folds)
 
 
 def test_folds_are_those_of_nnunet():
     # KFold(5, shuffle=True, random_state=12345) of scikit-learn 1.7 over ten sorted names
-    assert [fold["val"] for fold in data.five_folds(list("abcdefghij"))] == [
+    assert [fold["val"] for fold in five_folds(list("abcdefghij"))] == [
         ["a", "h"], ["d", "j"], ["e", "g"], ["b", "i"], ["c", "f"]
     ]  # fmt: skip
 
 
 def test_three_cases_make_three_folds():
-    assert [len(fold["val"]) for fold in data.five_folds(["a", "b", "c"])] == [1, 1, 1]
+    assert [len(fold["val"]) for fold in five_folds(["a", "b", "c"])] == [1, 1, 1]
 
 
 def test_a_split_of_ones_own_is_used(tmp_path):
     folder = nnunet_folder(tmp_path)
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["c"], "val": ["a", "b"]}]))
-    training, validation = data.split(folder, 0)
+    training, validation = Dataset(folder).split(0)
     assert [case["case"] for case in training] == ["c"]
     assert [case["case"] for case in validation] == ["a", "b"]
 
@@ -77,18 +80,18 @@ def test_a_fold_that_trains_on_what_it_holds_out_is_refused(tmp_path):
     folder = nnunet_folder(tmp_path)
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["b", "c"], "val": ["a", "b"]}]))
     with pytest.raises(UserError, match="splits_final.json trains fold 0 on case b and holds it out as well"):
-        data.split(folder, 0)
+        Dataset(folder).split(0)
 
 
 def test_fold_all_trains_and_validates_on_everything(phantom_dir):
-    training, validation = data.split(str(phantom_dir), "all")
-    assert training == validation == data.cases(str(phantom_dir))
+    training, validation = Dataset(phantom_dir).split("all")
+    assert training == validation == Dataset(phantom_dir).cases
 
 
 @pytest.mark.parametrize("fold", [5, -1, "first"])
 def test_a_fold_out_of_range_is_refused(fold, phantom_dir):
     with pytest.raises(UserError, match=f"fold is {fold!r}; expected 0 to 4 or 'all'"):
-        data.split(str(phantom_dir), fold)
+        Dataset(phantom_dir).split(fold)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +105,12 @@ def test_a_fold_out_of_range_is_refused(fold, phantom_dir):
 def test_a_dataset_json_that_cannot_be_used_is_refused(changes, message, tmp_path):
     folder = nnunet_folder(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
-        data.cases(folder)
+        _ = Dataset(folder).cases
 
 
 def test_one_case_is_too_few(tmp_path):
     with pytest.raises(UserError, match="1 labelled cases; expected at least 2"):
-        data.cases(nnunet_folder(tmp_path, cases=("a",)))
+        _ = Dataset(nnunet_folder(tmp_path, cases=("a",))).cases
 
 
 def test_all_missing_files_are_named(tmp_path):
@@ -115,13 +118,13 @@ def test_all_missing_files_are_named(tmp_path):
     (tmp_path / "imagesTr" / "b_0001.nii.gz").unlink()
     (tmp_path / "labelsTr" / "c.nii.gz").unlink()
     with pytest.raises(UserError, match=r"lacks 2 files.*\n.*b_0001.nii.gz not found.*b needs\n.*c.nii.gz not found"):
-        data.cases(folder)
+        _ = Dataset(folder).cases
 
 
 def test_broken_json_is_named(tmp_path):
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(UserError, match="dataset.json is not valid JSON"):
-        data.cases(str(tmp_path))
+        _ = Dataset(tmp_path).cases
 
 
 class TestScans:
@@ -135,24 +138,24 @@ class TestScans:
     def test_every_nifti_file_of_a_folder_is_a_case(self, tmp_path):
         folder = self.files(tmp_path, "b.nii", "a.nii.gz", "scan_2024.nii.gz", "scan_2025.nii.gz", "._a.nii.gz")
         (folder / "notes.txt").touch()
-        assert [s["case"] for s in data.scans(str(folder))] == ["a", "b", "scan_2024", "scan_2025"]
+        assert [s["case"] for s in find_scans(str(folder))] == ["a", "b", "scan_2024", "scan_2025"]
 
     def test_channels_of_a_case_belong_together(self, tmp_path):
         folder = self.files(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
-        found = data.scans(str(folder), channels=2)
+        found = find_scans(str(folder), channels=2)
         assert [s["case"] for s in found] == ["a", "b"]
         assert [len(s["image"]) for s in found] == [2, 2]
 
     def test_one_file_stands_for_its_case(self, tmp_path):
         folder = self.files(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz")
-        assert len(data.scans(str(folder / "a_0001.nii.gz"), channels=2)[0]["image"]) == 2
-        assert data.scans(str(folder / "a_0000.nii.gz"), channels=1) == [
+        assert len(find_scans(str(folder / "a_0001.nii.gz"), channels=2)[0]["image"]) == 2
+        assert find_scans(str(folder / "a_0000.nii.gz"), channels=1) == [
             {"case": "a", "image": str(folder / "a_0000.nii.gz")}
         ]
 
     def test_a_training_folder_gives_its_test_scans_first(self, tmp_path):
         self.files(tmp_path, "imagesTr/a.nii.gz", "imagesTs/b.nii.gz")
-        assert [s["case"] for s in data.scans(str(tmp_path))] == ["b"]
+        assert [s["case"] for s in find_scans(str(tmp_path))] == ["b"]
 
     @pytest.mark.parametrize(
         ("name", "message"), [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "not a")]
@@ -161,4 +164,14 @@ class TestScans:
         if name.endswith("txt"):
             (tmp_path / name).touch()
         with pytest.raises(UserError, match=message):
-            data.scans(str(tmp_path / name))
+            find_scans(str(tmp_path / name))
+
+
+def test_dataset_json_is_parsed_once(phantom_dir, monkeypatch):
+    opened = []
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: opened.append(self.name) or read_text(self, *a, **k))
+    data = Dataset(phantom_dir)
+    assert (data.channels, data.labels.values, len(data.cases)) == (["phantom"], [0, 1, 2, 3], 5)
+    assert data.training_cases(0) + data.validation_cases(0) + data.split("all")[0]
+    assert opened.count("dataset.json") == 1

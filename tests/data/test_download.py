@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from conftest import bundle
 
-from scripts.data.datasets import cases
+from scripts.data.datasets import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_a_task_is_fetched_checked_and_ready(archive, tmp_path):
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     done = fetch(tmp_path, "--url", archive.as_uri(), "--hash_val", digest)
     assert f"--dataset_dir {tmp_path}/Task04_Hippocampus" in done.stdout
-    assert len(cases(str(tmp_path / "Task04_Hippocampus"))) == 5
+    assert len(Dataset(tmp_path / "Task04_Hippocampus").cases) == 5
     again = fetch(tmp_path, "--url", archive.as_uri(), "--hash_val", digest, fails=True)
     assert "Task04_Hippocampus exists and is not overwritten" in again.stderr
 

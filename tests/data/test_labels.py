@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from scripts.data import labels
+from scripts.data.datasets import Dataset
+from scripts.data.labels import Labels
 from scripts.utils.errors import UserError
+from scripts.weights.model_settings import ModelSettings
 
 BRATS = {"background": 0, "whole tumor": [1, 2, 4], "tumor core": [1, 4], "enhancing tumor": 4}
 
@@ -22,29 +24,48 @@ def folder(tmp_path, found, **more) -> str:
     "found", [{"0": "background", "4": "tumour", "1": "edema"}, {"tumour": 4, "background": 0, "edema": 1}]
 )
 def test_both_layouts_give_names_in_the_order_of_the_values(found, tmp_path):
-    read = labels.read(folder(tmp_path, found))
-    assert read == (["background", "edema", "tumour"], [0, 1, 4], None, None, None)
-    assert labels.scored(read.names, read.values, read.regions) == {"edema": [1], "tumour": [4]}
-    assert labels.indices({"edema": [1], "tumour": [4]}, read.values) == {"edema": [1], "tumour": [2]}
+    labels = Dataset(folder(tmp_path, found)).labels
+    assert labels == Labels(["background", "edema", "tumour"], [0, 1, 4])
+    assert labels.eval_classes == {"edema": [1], "tumour": [4]}
+    assert labels.indices_of(labels.eval_classes) == {"edema": [1], "tumour": [2]}
+    assert (labels.activation, labels.region_order, labels.region_indices) == ("softmax", None, None)
+    assert labels.index_names == labels.names
 
 
 def test_regions_have_a_channel_each_and_no_background(tmp_path):
-    read = labels.read(folder(tmp_path, BRATS, regions_class_order=[2, 1, 4]))
-    assert read.names == ["whole tumor", "tumor core", "enhancing tumor"]
-    assert read.values == [0, 1, 2, 4]
-    assert labels.scored(read.names, read.values, read.regions) == read.regions
-    assert labels.members(read.regions, read.values) == [[1, 2, 3], [1, 3], [3]]
-    assert labels.painted(read.order, read.values) == [2, 1, 3]
-    assert labels.index_names(read) == ["background", "label 1", "label 2", "label 4"]
+    labels = Dataset(folder(tmp_path, BRATS, regions_class_order=[2, 1, 4])).labels
+    assert labels.names == ["whole tumor", "tumor core", "enhancing tumor"]
+    assert labels.values == [0, 1, 2, 4]
+    assert labels.eval_classes == labels.regions
+    assert labels.region_indices == [[1, 2, 3], [1, 3], [3]]
+    assert labels.region_order == [2, 1, 3]
+    assert labels.activation == "sigmoid"
+    assert labels.index_names == ["background", "label 1", "label 2", "label 4"]
 
 
 def test_voxels_to_ignore_are_no_class_and_come_last(tmp_path):
-    read = labels.read(folder(tmp_path, {"background": 0, "organ": 2, "ignore": 7}))
-    assert (read.names, read.values, read.ignore) == (["background", "organ"], [0, 2], 7)
-    assert labels.stored(read.values, read.ignore) == [0, 2, 7]
-    assert labels.ignore_index(read.values, read.ignore) == 2
-    assert labels.stored([0, 2], None) == [0, 2]
-    assert labels.ignore_index([0, 2], None) is None
+    labels = Dataset(folder(tmp_path, {"background": 0, "organ": 2, "ignore": 7})).labels
+    assert (labels.names, labels.values, labels.ignore_value) == (["background", "organ"], [0, 2], 7)
+    assert (labels.file_values, labels.ignore_index) == ([0, 2, 7], 2)
+    without = Labels(["background", "organ"], [0, 2])
+    assert (without.file_values, without.ignore_index) == ([0, 2], None)
+
+
+def test_labels_beside_weights_are_those_that_were_trained_for(tmp_path):
+    trained = Dataset(folder(tmp_path, BRATS, regions_class_order=[2, 1, 4])).labels
+    settings = ModelSettings(
+        out_channels=3,
+        labels=trained.names,
+        label_values=trained.values,
+        regions=trained.regions,
+        regions_class_order=trained.regions_class_order,
+    )
+    assert Labels.from_settings(settings) == trained
+
+
+def test_labels_that_nobody_wrote_down_are_numbered():
+    labels = Labels.from_settings(ModelSettings(out_channels=3))
+    assert labels == Labels(["background", "label 1", "label 2"], [0, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -65,9 +86,9 @@ def test_voxels_to_ignore_are_no_class_and_come_last(tmp_path):
 )
 def test_labels_that_cannot_be_used_are_refused(found, more, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        labels.read(folder(tmp_path, found, **more))
+        Dataset(folder(tmp_path, found, **more))
 
 
 def test_a_class_of_unknown_values_is_refused():
     with pytest.raises(UserError, match=r"core is made of the label values \[3\]; the data set has \[0, 1, 4\]"):
-        labels.indices({"core": [3]}, [0, 1, 4])
+        Labels(["background", "a", "b"], [0, 1, 4]).indices_of({"core": [3]})

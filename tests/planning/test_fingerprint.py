@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 from conftest import save
 
-from scripts.data.datasets import cases
-from scripts.planning.fingerprint import QUANTILES, examine, survey, survey_folder
+from scripts.data.datasets import Dataset
+from scripts.data.labels import Labels
+from scripts.planning.fingerprint import QUANTILES, fingerprint_case
+from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.utils.errors import UserError
 
 
-def read_all(folder: Path, memory: Path) -> list[dict]:
-    return survey_folder(str(folder), str(memory))
+def read_all(folder: Path, file: Path) -> list[dict]:
+    data = Dataset(folder)
+    return fingerprint_cases(data.cases, len(data.channels), data.labels, str(file))
+
+
+def labels(*values: int, ignore: int | None = None) -> Labels:
+    return Labels([f"label {value}" for value in values], list(values), ignore_value=ignore)
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def case(tmp_path) -> dict:
 
 
 def test_measures_are_those_of_the_files(case):
-    record = examine(case, channels=2, values=[0, 1, 2])
+    record = fingerprint_case(case, 2, labels(0, 1, 2))
     label = np.asarray(nib.load(case["label"]).dataobj)
     assert (record["shape"], record["orientation"]) == ([10, 8, 6], "LAS")
     assert record["spacing"] == [1.5, 2.0, 3.0]
@@ -58,19 +65,20 @@ def test_measures_are_those_of_the_files(case):
         assert record["channels"][channel]["mean"] == pytest.approx(values[values != 0].mean(), rel=1e-6)
     assert record["cropped"] == [10, 8, 6]  # stored zeros are 5 in the second channel
     del case["image"][1]
-    assert examine(case, channels=1, values=[0, 1, 2])["cropped"] == [8, 8, 5]
+    assert fingerprint_case(case, 1, labels(0, 1, 2))["cropped"] == [8, 8, 5]
 
 
 def test_voxels_to_ignore_are_counted_last_and_measured_nowhere(case):
-    record = examine(case, channels=2, values=[0, 1], ignore=2)
+    record = fingerprint_case(case, 2, labels(0, 1, ignore=2))
     assert record["labels"] == [10 * 8 * 6 - 28, 27, 1]
     label, first = (np.asarray(nib.load(path).dataobj) for path in (case["label"], case["image"][0]))
     assert record["foreground"][0]["mean"] == pytest.approx(first[label == 1].mean(), rel=1e-6)
 
 
 def test_a_label_that_becomes_one_to_ignore_is_read_again(case, tmp_path):
-    memory = str(tmp_path / "memory.json")
-    (label,), (ignored,) = survey([case], 2, [0, 1, 2], memory), survey([case], 2, [0, 1], memory, ignore=2)
+    file = str(tmp_path / "memory.json")
+    (label,) = fingerprint_cases([case], 2, labels(0, 1, 2), file)
+    (ignored,) = fingerprint_cases([case], 2, labels(0, 1, ignore=2), file)
     assert label["foreground"] != ignored["foreground"]
 
 
@@ -78,10 +86,10 @@ def test_gaps_in_label_values_are_closed(case):
     path = case["label"]
     label = np.asarray(nib.load(path).dataobj)
     save(Path(path), np.array([0, 2, 300], np.int16)[label], nib.load(path).affine)
-    record = examine(case, channels=2, values=[0, 2, 300])
+    record = fingerprint_case(case, 2, labels(0, 2, 300))
     assert record["labels"] == [10 * 8 * 6 - 28, 27, 1]
     with pytest.raises(UserError, match="label.nii.gz has the label value 300; dataset.json names 0, 2, 4: correct"):
-        examine(case, channels=2, values=[0, 2, 4])
+        fingerprint_case(case, 2, labels(0, 2, 4))
 
 
 def test_a_fault_is_looked_at_again_though_the_files_are_the_same(phantom_dir, tmp_path, monkeypatch):
@@ -89,7 +97,7 @@ def test_a_fault_is_looked_at_again_though_the_files_are_the_same(phantom_dir, t
         raise UserError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("scripts.planning.fingerprint.examine", unplugged)
+        patch.setattr("scripts.planning.fingerprint_file.fingerprint_case", unplugged)
         assert all(record["error"] == "the disk is gone" for record in read_all(phantom_dir, tmp_path / "memory.json"))
     assert not any("error" in record for record in read_all(phantom_dir, tmp_path / "memory.json"))
 
@@ -99,9 +107,8 @@ def test_axes_are_in_the_order_of_the_networks_grid(tmp_path):
     voxels = np.ones((5, 6, 7), np.int16)
     save(tmp_path / "image.nii.gz", voxels, affine)
     save(tmp_path / "label.nii.gz", voxels.astype(np.uint8), affine)
-    record = examine(
-        {"case": "c", "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}, 1, [0, 1]
-    )
+    case = {"case": "c", "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
+    record = fingerprint_case(case, 1, labels(0, 1))
     assert (record["shape"], record["spacing"]) == ([7, 5, 6], [4.0, 1.0, 2.0])
 
 
@@ -111,7 +118,8 @@ def test_what_was_read_is_not_read_again_until_it_changes(phantom_dir, tmp_path,
     first = read_all(folder, tmp_path / "memory.json")
     read = []
     monkeypatch.setattr(
-        "scripts.planning.fingerprint.examine", lambda case, *a: read.append(case["case"]) or {"shape": [1]}
+        "scripts.planning.fingerprint_file.fingerprint_case",
+        lambda case, *a: read.append(case["case"]) or {"shape": [1]},
     )
     assert read_all(folder, tmp_path / "memory.json") == first
     assert read == []
@@ -124,17 +132,17 @@ def test_what_was_read_is_not_read_again_until_it_changes(phantom_dir, tmp_path,
     assert len(read) == 1 + len(first)
 
 
-def test_an_interrupted_survey_goes_on(phantom_dir, tmp_path, monkeypatch):
+def test_an_interrupted_reading_goes_on(phantom_dir, tmp_path, monkeypatch):
     def broken(case, *arguments):
         if case["case"] == "phantom_03":
             raise KeyboardInterrupt
-        return examine(case, *arguments)
+        return fingerprint_case(case, *arguments)
 
-    monkeypatch.setattr("scripts.planning.fingerprint.examine", broken)
+    monkeypatch.setattr("scripts.planning.fingerprint_file.fingerprint_case", broken)
     with pytest.raises(KeyboardInterrupt):
         read_all(phantom_dir, tmp_path / "memory.json")
     known = json.loads((tmp_path / "memory.json").read_text())
-    assert 1 <= len(known) < len(cases(str(phantom_dir)))
+    assert 1 <= len(known) < len(Dataset(phantom_dir).cases)
 
 
 def test_a_bad_case_is_recorded_and_the_others_are_read(phantom_dir, tmp_path):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import bundle
 
-from scripts.data import datasets as data
-from scripts.planning import integrity as review
+from scripts.data.datasets import Dataset
+from scripts.planning import integrity
+from scripts.planning.fingerprint_file import fingerprint_cases
 
 
 def record(number: int, **changes) -> dict:
@@ -33,18 +34,18 @@ def record(number: int, **changes) -> dict:
 @pytest.mark.parametrize(
     ("check", "changes", "message"),
     [
-        (review.duplicates, {"digest": "3"}, "has the voxels of imagesTr/case_3.nii.gz; remove one"),
-        (review.orientations, {"orientation": "LPI"}, "is stored as LPI, 19 of 20 cases as RAS"),
-        (review.without_foreground, {"labels": [115, 0, 0]}, "has no labelled voxel"),
-        (review.spacings, {"spacing": [1.0, 1.0, 7.0]}, "has 1 x 1 x 7 mm voxels, the median case 1 x 1 x 2 mm"),
-        (review.spacings, {"spacing": [0.1, 0.1, 0.2]}, "has 0.1 x 0.1 x 0.2 mm voxels"),  # cm for mm
-        (review.single_slices, {"shape": [40, 50, 1]}, r"is a single slice of \[40, 50, 1\] voxels"),
+        (integrity.duplicates, {"digest": "3"}, "has the voxels of imagesTr/case_3.nii.gz; remove one"),
+        (integrity.orientations, {"orientation": "LPI"}, "is stored as LPI, 19 of 20 cases as RAS"),
+        (integrity.without_foreground, {"labels": [115, 0, 0]}, "has no labelled voxel"),
+        (integrity.spacings, {"spacing": [1.0, 1.0, 7.0]}, "has 1 x 1 x 7 mm voxels, the median case 1 x 1 x 2 mm"),
+        (integrity.spacings, {"spacing": [0.1, 0.1, 0.2]}, "has 0.1 x 0.1 x 0.2 mm voxels"),  # cm for mm
+        (integrity.single_slices, {"shape": [40, 50, 1]}, r"is a single slice of \[40, 50, 1\] voxels"),
         (
-            review.intensities,
+            integrity.intensities,
             {"channels": [{"mean": 9000.0, "std": 1.0}]},
             "mean intensity of 9000 in channel 0, the median",
         ),
-        (review.intensities, {"channels": [None]}, "is zero everywhere in channel 0"),
+        (integrity.empty_channels, {"channels": [None]}, "is zero everywhere in channel 0"),
     ],
 )
 def test_the_odd_one_out_is_found_alone(check, changes, message):
@@ -56,9 +57,9 @@ def test_the_odd_one_out_is_found_alone(check, changes, message):
 
 
 def test_a_label_that_no_case_has_is_named():
-    found = list(review.absent_labels([record(0), record(1)], ["background", "a", "b"]))
+    found = list(integrity.absent_labels([record(0), record(1)], ["background", "a", "b"]))
     assert found == []
-    found = list(review.absent_labels([record(0, labels=[9, 1, 0])], ["background", "a", "b"]))
+    found = list(integrity.absent_labels([record(0, labels=[9, 1, 0])], ["background", "a", "b"]))
     assert "label 2 (b) is in none of the 1 cases" in found[0].message
 
 
@@ -70,7 +71,7 @@ def test_headers_that_differ_by_rounding_are_no_finding(phantom_dir, tmp_path):
     noise = np.zeros((4, 4))
     noise[:3, :3] = 9e-4
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine + noise), path)
-    assert review.review(str(folder), str(tmp_path / "memory.json")) == []
+    assert integrity.inspect_dataset(Dataset(folder), str(tmp_path / "memory.json")) == []
 
 
 def test_the_command_lists_everything_and_fails_on_errors(phantom_dir, tmp_path):
@@ -117,8 +118,9 @@ def test_a_clean_data_set_passes(phantom_dir, tmp_path):
 
 
 def test_a_data_set_of_one_case_is_an_error(phantom_dir):
-    case = data.cases(str(phantom_dir))[0]
-    found = list(review.unlisted(str(phantom_dir), [case]))
+    data = Dataset(phantom_dir)
+    data.listed_cases = data.cases[:1]
+    found = list(integrity.case_counts(data))
     assert [f.severity for f in found if "1 labelled cases; expected at least 2" in f.message] == ["error"]
 
 
@@ -136,11 +138,12 @@ def test_training_warns_of_what_checking_finds(phantom_dir, tmp_path, caplog, mo
         }
         for n in range(3)
     ]
-    common = (items, 1, [0, 1, 2, 3], [32] * 3, [1.0] * 3, str(tmp_path / "checked.json"))
+    data = Dataset(phantom_dir)
+    records = fingerprint_cases(items + items, 1, data.labels, str(tmp_path / "checked.json"))  # as fold "all" has it
+    assert len(records) == len(items)
     with caplog.at_level(logging.WARNING, "mednext"):
-        names = ["background", "low", "middle", "high"]
-        review.check_cases(items + items, *common[1:], names=names)  # as fold "all" has it
+        integrity.check_cases(records, [32] * 3, [1.0] * 3, data.labels.index_names)
         assert sum("has the voxels of" in message for message in caplog.messages) == 1
         caplog.clear()
-        review.check_cases(*common)
+        integrity.check_cases(records, [32] * 3, [1.0] * 3)
         assert not any("has the voxels of" in message for message in caplog.messages)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, TINY, bundle, overlays
 
-from scripts.data.datasets import cases
-from scripts.planning import planner as plan
-from scripts.planning.fingerprint import QUANTILES, survey
+from scripts.data.datasets import Dataset
+from scripts.planning.fingerprint import QUANTILES, dataset_fingerprint
+from scripts.planning.fingerprint_file import fingerprint_cases
+from scripts.planning.memory import largest_batch
+from scripts.planning.planner import intensity_schemes, plan_training, target_patch_size, target_spacing
 from scripts.utils.errors import UserError
 
 
@@ -29,7 +31,7 @@ def record(spacing=(1.0, 1.0, 1.0), shape=(200, 200, 200), cropped=None, values=
 def test_pooled_intensities_are_those_of_all_voxels_where_cases_have_equally_many():
     generator = np.random.default_rng(0)
     groups = [generator.normal(mean, 20, 5000) for mean in (0, 60, 200)]
-    found = plan.fingerprint([record(values=v) for v in groups])["foreground_intensity_properties_per_channel"]["0"]
+    found = dataset_fingerprint([record(values=v) for v in groups])["foreground_intensity_properties_per_channel"]["0"]
     everything = np.concatenate(groups)
     assert found["mean"] == pytest.approx(everything.mean())
     assert found["std"] == pytest.approx(everything.std())
@@ -50,12 +52,12 @@ def test_pooled_intensities_are_those_of_all_voxels_where_cases_have_equally_man
     ],
 )
 def test_intensity_follows_the_channels_name(names, relative, expected):
-    values = plan.fingerprint([record()])["foreground_intensity_properties_per_channel"]["0"]
+    values = dataset_fingerprint([record()])["foreground_intensity_properties_per_channel"]["0"]
     found = {
         "median_relative_size_after_cropping": relative,
         "foreground_intensity_properties_per_channel": {str(i): values for i in range(len(names))},
     }
-    scheme = plan.intensity(names, found)
+    scheme = intensity_schemes(names, found)
     if isinstance(expected, dict):
         assert scheme["clip"] == pytest.approx(expected["clip"], abs=0.1)
         assert (scheme["mean"], scheme["std"]) == pytest.approx((expected["mean"], expected["std"]), rel=1e-3)
@@ -74,41 +76,41 @@ def test_intensity_follows_the_channels_name(names, relative, expected):
     ],
 )
 def test_patches_are_128_or_the_median_case(shape, spacing, expected):
-    assert plan.patch_size(shape, spacing) == expected
+    assert target_patch_size(shape, spacing) == expected
 
 
 def test_median_spacing_is_nnunets_with_thick_slices_at_their_tenth_percentile():
-    assert plan.target_spacing([record((0.7, 0.7, 1.0)), record((0.8, 0.8, 1.5)), record((0.9, 0.9, 2.0))]) == [
+    assert target_spacing([record((0.7, 0.7, 1.0)), record((0.8, 0.8, 1.5)), record((0.9, 0.9, 2.0))]) == [
         0.8, 0.8, 1.5
     ]  # fmt: skip
     thick = [record((0.8, 0.8, s), (400, 400, 40)) for s in (3.0, 5.0, 5.0, 5.0, 6.0)]
-    assert plan.target_spacing(thick) == [0.8, 0.8, pytest.approx(np.percentile([3, 5, 5, 5, 6], 10))]
+    assert target_spacing(thick) == [0.8, 0.8, pytest.approx(np.percentile([3, 5, 5, 5, 6], 10))]
 
 
 def test_a_memory_budget_sets_batch_and_recomputing():
     patch = [64, 64, 64]
-    few, style = plan.batch(patch, 1, 3, "S", 3, 5.0)
+    few, style = largest_batch(patch, 1, 3, "S", 3, 5.0)
     assert (few, style) == (2, None)
-    more, style = plan.batch(patch, 1, 3, "S", 3, 20.0)
+    more, style = largest_batch(patch, 1, 3, "S", 3, 20.0)
     assert more > 2 * few
     assert style is None
-    assert plan.batch(patch, 1, 3, "S", 3, 2.5)[1] == "expansion"
-    assert plan.batch(patch, 1, 3, "L", 3, 3.0)[1] == "block"
+    assert largest_batch(patch, 1, 3, "S", 3, 2.5)[1] == "expansion"
+    assert largest_batch(patch, 1, 3, "L", 3, 3.0)[1] == "block"
     with pytest.raises(
         UserError, match=r"memory_gb is 0.5; MedNeXt S needs [\d.]+ GB for two patches of \[64, 64, 64\]"
     ):
-        plan.batch(patch, 1, 3, "S", 3, 0.5)
+        largest_batch(patch, 1, 3, "S", 3, 0.5)
 
 
 def test_large_cases_get_batch_dice_and_thick_voxels_no_tilt(phantom_dir):
-    large = plan.plan(str(phantom_dir), [record(shape=(512, 512, 400))])
-    assert large["batch_dice"] is True
-    assert large["rotate_range"] == [0.5236] * 3
-    small = plan.plan(str(phantom_dir), [record(shape=(128, 128, 128))])
-    assert small["batch_dice"] is False
-    thick = plan.plan(str(phantom_dir), [record((1.0, 1.0, 5.0), (300, 300, 40))], spacing="median")
-    assert thick["rotate_range"] == [0.0, 0.0, 0.5236]
-    assert plan.plan(str(phantom_dir), [record(cropped=(100, 150, 200))])["crop_to_nonzero"] is True
+    large = plan_training(Dataset(phantom_dir), [record(shape=(512, 512, 400))])
+    assert large["train#batch_dice"] is True
+    assert large["train#rotate_range"] == [0.5236] * 3
+    small = plan_training(Dataset(phantom_dir), [record(shape=(128, 128, 128))])
+    assert small["train#batch_dice"] is False
+    thick = plan_training(Dataset(phantom_dir), [record((1.0, 1.0, 5.0), (300, 300, 40))], spacing="median")
+    assert thick["train#rotate_range"] == [0.0, 0.0, 0.5236]
+    assert plan_training(Dataset(phantom_dir), [record(cropped=(100, 150, 200))])["crop_to_nonzero"] is True
 
 
 class TestCommand:
@@ -132,10 +134,10 @@ class TestCommand:
         panel = json.loads((ROOT / "configs/train.json").read_text())
         assert {key.split("#")[0] for key in overlay} <= panel.keys()
         assert overlay["patch_size"] == [48, 48, 48]
-        assert overlay["planned_for"]["labels"] == ["background", "low", "middle", "high"]
-        assert {"patch_size", "intensity", "batch_dice"} <= overlay["planned_for"]["because"].keys()
+        assert overlay["checks#planned_for"]["labels"] == ["background", "low", "middle", "high"]
+        assert {"patch_size", "intensity", "batch_dice"} <= overlay["checks#planned_for"]["because"].keys()
         fingerprint = json.loads((planned / "fingerprint.json").read_text())
-        assert len(fingerprint["spacings"]) == len(cases(str(phantom_dir)))
+        assert len(fingerprint["spacings"]) == len(Dataset(phantom_dir).cases)
         assert (planned / "fingerprint.png").read_bytes().startswith(b"\x89PNG")
 
     def test_training_follows_it_and_inference_follows_the_training(self, planned, phantom_dir, tmp_path):
@@ -188,8 +190,8 @@ class TestCommand:
 
 @pytest.mark.skipif(not (SHARED / "Task04_Hippocampus").is_dir(), reason="needs the Decathlon's Task04_Hippocampus")
 def test_the_hippocampus_is_planned_as_its_recipe_says(tmp_path):
-    folder = str(SHARED / "Task04_Hippocampus")
-    overlay = plan.plan(folder, survey(cases(folder), 1, [0, 1, 2], str(tmp_path / "memory.json")))
+    data = Dataset(SHARED / "Task04_Hippocampus")
+    overlay = plan_training(data, fingerprint_cases(data.cases, 1, data.labels, str(tmp_path / "memory.json")))
     recipe = json.loads((ROOT / "configs/recipes/hippocampus.json").read_text())
     assert overlay["patch_size"] == recipe["patch_size"]
-    assert (overlay["intensity"], overlay["crop_to_nonzero"], overlay["batch_dice"]) == ("zscore", False, False)
+    assert (overlay["intensity"], overlay["crop_to_nonzero"], overlay["train#batch_dice"]) == ("zscore", False, False)
