@@ -18,14 +18,14 @@ for name in ("monai", "nibabel", "ignite", "numpy", "scipy", "tensorboard", "tqd
 import torch
 import mednext
 from mednext import MedNeXt, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, create_mednext_v1, upkern_load_weights
-from mednext.weights.checkpoints import read
+from mednext.weights.checkpoints import read_weights
 
 small = create_mednext_v1(1, 2, "S", 3, True)
 large = upkern_load_weights(create_mednext_v1(1, 2, "S", kernel_size=5, deep_supervision=True), small)
 outputs = large(torch.zeros(1, 1, 32, 16, 16))
 outputs[0].mean().backward()
 torch.save(large.state_dict(), sys.argv[1])
-assert read(sys.argv[1]).format == "mednext"
+assert read_weights(sys.argv[1]).format == "mednext"
 x = MedNeXtUpBlock(8, 4, 2, 3)(MedNeXtDownBlock(4, 8, 2, 3)(MedNeXtBlock(4, 4, 2, 3)(torch.zeros(1, 4, 8, 8, 8))))
 MedNeXt(1, 4, 3, exp_r=2, kernel_size=3, dim="2d", norm_type="layer")(torch.zeros(1, 1, 32, 32))
 print(mednext.__file__, [tuple(y.shape) for y in outputs[:2]], tuple(x.shape))

@@ -42,7 +42,7 @@ class Weights(NamedTuple):
     format: str
 
 
-def load(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """The file's dictionary, on the CPU; only tensors, plain values and numpy scalars are accepted.
 
     Raises:
@@ -87,18 +87,18 @@ def _numpy_scalars() -> list:
     return [*names, np.dtype, *kinds]
 
 
-def save(content: dict, path: str | Path) -> None:
+def save_checkpoint(content: dict, path: str | Path) -> None:
     """Writes a file whole or not at all."""
     write_whole(path, lambda partial: torch.save(content, partial))
 
 
-def read(path: str | Path) -> Weights:
+def read_weights(path: str | Path) -> Weights:
     """The weights in a file, with our names.
 
     Raises:
-        UserError: as `load` and `translate`.
+        UserError: as `load_checkpoint` and `translate`.
     """
-    content = load(path)
+    content = load_checkpoint(path)
     nested = {key: part for key, part in content.items() if isinstance(part, Mapping) and _stems(part)}
     if len(nested) > 1:
         raise UserError(f"{path} holds several networks, {', '.join(map(str, nested))}; save the one you want alone.")
@@ -163,22 +163,22 @@ def _renamed(key: str, modules: Mapping[str, str], parameters: Mapping[str, str]
     return f"{start}.{parameters[last]}" if last in parameters else key
 
 
-def check(path: str | Path, network: nn.Module) -> None:
+def check_weights(path: str | Path, network: nn.Module) -> None:
     """Raises UserError unless `path` is a plain state dict with the names and shapes of `network`, a MedNeXt or not."""
-    content = load(path)
+    content = load_checkpoint(path)
     plain = all(isinstance(value, torch.Tensor) for value in content.values())
     if plain and not differences(shapes(content), shapes(network.state_dict())):
         return
-    weights = read(path)
+    weights = read_weights(path)
     if weights.state.keys() != content.keys():
         raise UserError(
             f"{path} is not a plain state dict of this bundle; convert it first:"
             f" python -m scripts convert_weights --source {path} --target models/NAME.pt"
         )
-    compare(weights.state, network, path)
+    check_fits(weights.state, network, path)
 
 
-def compare(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:
+def check_fits(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:
     """Raises UserError unless `state` has the names and shapes of `network`; `source` names it in the message."""
     found, wanted = shapes(state), shapes(network.state_dict())
     if different := differences(found, wanted):

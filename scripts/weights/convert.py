@@ -58,7 +58,7 @@ def convert(
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
     if Path(target).suffix == ".json":
         raise UserError(f"{target} is the name of a settings file; give the weights another ending, for example .pt.")
-    weights = checkpoints.read(source)
+    weights = checkpoints.read_weights(source)
     state, found = weights.state, _recognise(weights.state, source)
     print(f"{source}: {found}; names of {FORMATS[weights.format]}")
     print(
@@ -66,7 +66,7 @@ def convert(
         + ", GRN by sum" * ("v2" in found.layouts)
     )
 
-    earlier = settings.read(target) if to == "mednext" else {}
+    earlier = settings.read_model_settings(target) if to == "mednext" else {}
     asked = {
         "size": size,
         "kernel_size": kernel_size,
@@ -94,10 +94,10 @@ def convert(
     _check_other_side(found, to, source)
 
     try:
-        checkpoints.save(EXPORT[to](state), target)
+        checkpoints.save_checkpoint(EXPORT[to](state), target)
         print(f"wrote {target}")
         if to == "mednext" and found.size:
-            settings.write(
+            settings.write_model_settings(
                 target, {k: earlier[k] for k in KEPT if k in earlier} | has | {"converted_from": Path(source).name}
             )
             print(f"wrote {settings.settings_file(target)}: spacing and patch are as published, unless you add others")
@@ -115,7 +115,7 @@ def _recognise(state: checkpoints.State, source: str) -> Architecture:
         raise UserError(f"{source} holds no MedNeXt that can be built: {e}") from e
     if network is None:
         raise UserError(f"{source} holds {describe(shapes(state))}.")
-    checkpoints.compare(state, network, source)
+    checkpoints.check_fits(state, network, source)
     return found
 
 

@@ -20,7 +20,7 @@ def settings_file(weights: str | Path) -> Path:
     return Path(weights).with_suffix(".json")
 
 
-def read(weights: str | Path, **defaults) -> dict:
+def read_model_settings(weights: str | Path, **defaults) -> dict:
     """The settings beside `weights`; `defaults` stand in for what is not written there.
 
     Raises:
@@ -38,7 +38,7 @@ def read(weights: str | Path, **defaults) -> dict:
     return {**defaults, **content}
 
 
-def write(weights: str | Path, settings: dict) -> None:
+def write_model_settings(weights: str | Path, settings: dict) -> None:
     """Writes `settings` beside `weights`, whole or not at all."""
     text = json.dumps(settings, indent=2) + "\n"
     write_whole(settings_file(weights), lambda partial: partial.write_text(text))

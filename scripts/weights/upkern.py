@@ -97,9 +97,9 @@ def start_from(
         raise UserError("skip_heads is True without upkern_from; give the weights to start from: --upkern_from FILE.")
     if path is None or resume:
         return
-    report = transfer(network, checkpoints.read(path).state, path, (checkpoints.HEADS,) if skip_heads else ())
+    report = transfer(network, checkpoints.read_weights(path).state, path, (checkpoints.HEADS,) if skip_heads else ())
     logger.info("starting from %s: %s", path, report)
-    theirs = settings.read(path).get("fold")
+    theirs = settings.read_model_settings(path).get("fold")
     if None not in (theirs, fold) and theirs != fold:
         logger.warning(
             "%s was trained on fold %s, this is fold %s: if they are folds of one data set, it has seen the cases that"

@@ -14,7 +14,7 @@ from monai.networks.nets.mednext import create_mednext as monai_mednext
 
 from scripts.mednext import create_mednext, create_mednext_v2
 from scripts.utils.errors import UserError
-from scripts.weights.checkpoints import load
+from scripts.weights.checkpoints import load_checkpoint
 from scripts.weights.convert import convert
 
 from .test_checkpoints import assert_same, nnunet_v1
@@ -61,9 +61,9 @@ def test_weights_come_back_from_the_original_bit_for_bit(heads, original, tmp_pa
     convert(original, tmp_path / "model.pt", deep_supervision=heads)
     assert json.loads((tmp_path / "model.json").read_text())["deep_supervision"] is heads
     convert(tmp_path / "model.pt", tmp_path / "back.model", to="mic-dkfz")
-    given = load(original)["state_dict"]
+    given = load_checkpoint(original)["state_dict"]
     expected = {k: v for k, v in given.items() if heads or not k.startswith(("out_1", "out_2", "out_3", "out_4"))}
-    assert_same(load(tmp_path / "back.model")["state_dict"], expected)
+    assert_same(load_checkpoint(tmp_path / "back.model")["state_dict"], expected)
 
 
 def test_monai_s_goes_both_ways_and_monai_b_keeps_its_layout(tmp_path):
@@ -72,7 +72,7 @@ def test_monai_s_goes_both_ways_and_monai_b_keeps_its_layout(tmp_path):
         torch.save({"model": state}, tmp_path / f"monai_{size}.pt")
         convert(tmp_path / f"monai_{size}.pt", tmp_path / f"{size}.pt")
         convert(tmp_path / f"{size}.pt", tmp_path / f"back_{size}.pt", to="monai")
-        assert_same(load(tmp_path / f"back_{size}.pt"), state)
+        assert_same(load_checkpoint(tmp_path / f"back_{size}.pt"), state)
     assert json.loads((tmp_path / "B.json").read_text())["size"] == "monai-B"
     assert json.loads((tmp_path / "S.json").read_text())["size"] == "S"
 

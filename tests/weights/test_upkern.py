@@ -134,7 +134,7 @@ def test_a_resumed_run_does_not_start_anew_and_heads_need_a_file():
 def test_weights_of_another_fold_are_warned_of(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
     torch.save(net().state_dict(), tmp_path / "model.pt")
-    settings.write(tmp_path / "model.pt", {"fold": 1})
+    settings.write_model_settings(tmp_path / "model.pt", {"fold": 1})
     for fold, warnings in ((0, 1), (1, 0), (None, 0)):
         caplog.clear()
         start_from(net(), tmp_path / "model.pt", fold=fold)
