@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from .utils.errors import UserError, command
+from .utils.errors import UserError, run_command
 
 COMMANDS = {  # name -> module, function, what it does
     "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
@@ -36,7 +36,7 @@ def main() -> None:
             raise
         raise UserError(f"{name} needs the whole bundle; clone it and run the command there.") from e
     sys.argv = [f"{__package__} {name}", *sys.argv[2:]]
-    command(getattr(found, function))
+    run_command(getattr(found, function))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_expressions_are_short_and_files_are_self_contained(path):
 
 
 def test_several_processes_begin_as_one_does_once_they_are_connected():
-    assert read("multi_gpu_train")["initialize"] == ["$engines.start_distributed()", *read("train")["initialize"]]
+    assert read("multi_gpu_train")["initialize"] == ["$device.start_distributed()", *read("train")["initialize"]]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():

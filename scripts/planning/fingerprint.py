@@ -19,7 +19,7 @@ from ..data.datasets import cases, channel_names, image_files
 from ..data.images import read
 from ..data.labels import read as read_labels
 from ..data.labels import stored
-from ..utils.device import workers
+from ..utils.device import loader_workers
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
 
@@ -147,7 +147,7 @@ def survey(
 
     saved = time.monotonic()
     try:
-        with ThreadPoolExecutor(workers() + 1) as pool:
+        with ThreadPoolExecutor(loader_workers() + 1) as pool:
             for case, record in tqdm(
                 pool.map(attempt, pending), total=len(pending), desc="reading", disable=not pending
             ):

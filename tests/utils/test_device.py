@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from scripts.utils.device import cores, workers
+from scripts.utils.device import cpu_cores, loader_workers
 
 
 @pytest.mark.parametrize(
@@ -23,17 +23,17 @@ def test_cores_are_those_of_the_container(files, expected, tmp_path, monkeypatch
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert cores(tmp_path) == expected
+    assert cpu_cores(tmp_path) == expected
 
 
 def test_a_network_on_the_cpu_gets_all_cores():
-    assert workers("cpu") == 0
+    assert loader_workers("cpu") == 0
 
 
 SETTLED = """
 import os, torch
-from scripts.utils.device import settle
-settle("cpu")
+from scripts.utils.device import set_cpu_defaults
+set_cpu_defaults("cpu")
 print(torch.get_num_threads())
 faults = lambda: int(open("/proc/self/stat").read().rsplit(") ")[-1].split()[7])
 for _ in range(20):  # the heap settles within ten
@@ -57,7 +57,7 @@ def settled(**environment):
 
 def test_all_cores_compute_and_freed_memory_is_kept():
     threads, kept = settled(OMP_NUM_THREADS="")
-    assert int(threads) == cores()
+    assert int(threads) == cpu_cores()
     if sys.platform == "linux":
         assert kept == "True"
 
