@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class UserError(ValueError):
-    """Report a fault in data, weights or settings that the user can mend.
+    """A fault in data, weights or settings that the user can mend.
 
     The message names the file, what was found, what was expected and what to do. On the command line it is printed
     alone and the exit code is 1; in Python it is an ordinary ValueError.

@@ -1,4 +1,4 @@
-"""What was decided together with a set of weights: a JSON file beside them, with the control panel's own names.
+"""The settings that a set of weights was trained with: a JSON file beside them, with the names of `configs/train.json`.
 
 `models/model.pt` has `models/model.json`, which training writes and inference, scoring and resuming read, so that a
 network is never built with other sizes, spacing or labels than those it was trained with.
@@ -16,12 +16,12 @@ BUNDLE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def settings_file(weights: str | Path) -> Path:
-    """`models/model.pt` -> `models/model.json`."""
+    """Name the file of settings beside a file of weights: `models/model.json` for `models/model.pt`."""
     return Path(weights).with_suffix(".json")
 
 
 def read_model_settings(weights: str | Path, **defaults) -> dict:
-    """The settings beside `weights`; `defaults` stand in for what is not written there.
+    """Read the settings beside a file of weights; `defaults` stand in for what is not written there.
 
     Raises:
         UserError: the file is not JSON, or not a dictionary.
@@ -39,6 +39,6 @@ def read_model_settings(weights: str | Path, **defaults) -> dict:
 
 
 def write_model_settings(weights: str | Path, settings: dict) -> None:
-    """Writes `settings` beside `weights`, whole or not at all."""
+    """Write `settings` beside a file of weights, whole or not at all."""
     text = json.dumps(settings, indent=2) + "\n"
     write_whole(settings_file(weights), lambda partial: partial.write_text(text))
