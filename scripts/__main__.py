@@ -1,15 +1,19 @@
-"""Run the commands that are not configurations of MONAI: `python -m scripts COMMAND --setting value`."""
+"""The commands that are no workflows of MONAI: `python -m scripts COMMAND --setting value`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-from .utils.errors import UserError, command
+from .utils.errors import run_command
 
 COMMANDS = {  # name -> module, function, what it does
     "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
-    "convert_weights": ("weights.convert", "convert", "weights of MIC-DKFZ/MedNeXt or MONAI to this bundle and back"),
+    "convert_weights": (
+        "weights.convert",
+        "convert_weights",
+        "weights of MIC-DKFZ/MedNeXt or MONAI to this bundle and back",
+    ),
     "convert_dataset": ("data.convert", "convert_layout", "a Decathlon folder to an nnU-Net v2 folder and back"),
     "benchmark_cpu": ("benchmarks.cpu", "bench", "time this network beside others on this CPU"),
     "benchmark_gpu": ("benchmarks.gpu", "bench", "time this network beside others on this GPU, and tune its kernels"),
@@ -19,10 +23,10 @@ COMMANDS = {  # name -> module, function, what it does
 
 
 def main() -> None:
-    """Runs the command that the first argument names.
+    """Run the command that the first argument names; without one, or with --help, list the commands.
 
-    Raises:
-        UserError: there is no such command, or it needs the whole bundle and only the wheel is installed.
+    The exit code is 1 where there is no such command, or where it needs the whole bundle and only the wheel is
+    installed.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
@@ -34,9 +38,9 @@ def main() -> None:
     except ModuleNotFoundError as e:
         if not (e.name or "").startswith(f"{__package__}."):
             raise
-        raise UserError(f"{name} needs the whole bundle; clone it and run the command there.") from e
+        sys.exit(f"error: {name} needs the whole bundle; clone it and run the command there.")
     sys.argv = [f"{__package__} {name}", *sys.argv[2:]]
-    command(getattr(found, function))
+    run_command(getattr(found, function))
 
 
 if __name__ == "__main__":

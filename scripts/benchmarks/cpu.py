@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.cpu import linear
 from ..mednext import KERNEL_SIZES, create_mednext_v1
-from ..utils.device import settle
+from ..utils.device import set_cpu_defaults
 from ..utils.errors import UserError
 
 TURN = 3.0
@@ -88,7 +88,7 @@ def _monai(size: str, kernel_size: int, checkout: str) -> nn.Module:
 
 
 def _ours(size: str, kernel_size: int, checkout: str) -> nn.Module:
-    settle("cpu")
+    set_cpu_defaults("cpu")
     return create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True)
 
 

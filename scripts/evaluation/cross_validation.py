@@ -17,7 +17,7 @@ from ..data.datasets import cases
 from ..data.datasets import folds as folds_of
 from ..utils.errors import UserError
 from ..weights import model_settings as settings
-from ..weights.checkpoints import load
+from ..weights.checkpoints import load_checkpoint
 from ..weights.model_settings import BUNDLE_ROOT
 from .metrics import with_nan, write_tables
 
@@ -104,13 +104,13 @@ def checked_folds(dataset_dir: str) -> list[dict[str, list[str]]]:
 
 def _epochs_done(weights: str) -> int:
     checkpoint = Path(weights, "training", "checkpoint.pt")
-    return load(checkpoint)["epoch"] if checkpoint.is_file() else 0
+    return load_checkpoint(checkpoint)["epoch"] if checkpoint.is_file() else 0
 
 
 def _check_same(weights: str, panel: Mapping[str, object]) -> None:
     """Raises UserError if the weights of an earlier run have other settings than the control panel, as far as it is
     written out."""
-    for name, value in settings.read(f"{weights}/model.pt").items():
+    for name, value in settings.read_model_settings(f"{weights}/model.pt").items():
         wanted = panel.get(name, value)
         derived = isinstance(wanted, Mapping) or (isinstance(wanted, str) and wanted.startswith(("$", "@")))
         if name != "fold" and not derived and wanted != value:

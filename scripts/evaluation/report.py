@@ -175,7 +175,7 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
         },
         "Settings": {
             name: value if isinstance(value, str) else json.dumps(value, default=str)
-            for name, value in {**model_settings.read(weights), **settings}.items()
+            for name, value in {**model_settings.read_model_settings(weights), **settings}.items()
         },
         "Versions": {
             metadata["name"]: metadata["version"],

@@ -1,12 +1,9 @@
-"""What Ignite and MONAI engines need for this bundle: devices, precision, and inference that survives a bad scan."""
+"""Inference that goes on past a bad scan."""
 
 from __future__ import annotations
 
 import logging
-import os
 
-import torch
-import torch.distributed as dist
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
@@ -14,25 +11,6 @@ from ..data.datasets import image_files
 from ..utils.errors import UserError, first_cause
 
 logger = logging.getLogger("mednext")
-
-
-def amp_kwargs(device: str | torch.device) -> dict:
-    """Arguments for autocast: bfloat16 where the GPU computes it natively, else float16 (with MONAI's GradScaler)."""
-    if torch.device(device).type != "cuda":
-        return {}
-    return {"dtype": torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16}
-
-
-def start_distributed() -> None:
-    """Joins the process group that torchrun describes: nccl on GPUs, gloo on CPUs."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())
-
-
-def local_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class ScanDataset(Dataset):

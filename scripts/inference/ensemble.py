@@ -102,7 +102,7 @@ def join(network: nn.Module, weights: str, ensemble: str | Sequence[str], activa
 
 def check_alike(file: str, weights: str) -> None:
     """Raises UserError unless the settings beside two weights files agree in all of GRID that both name."""
-    one, other = settings.read(file), settings.read(weights)
+    one, other = settings.read_model_settings(file), settings.read_model_settings(weights)
     for name in GRID:
         if name in one and name in other and one[name] != other[name]:
             raise UserError(
@@ -113,7 +113,7 @@ def check_alike(file: str, weights: str) -> None:
 
 def check_fold(file: str, fold: int | str | None) -> None:
     """Raises UserError where the settings beside a weights file name another fold than the one that is scored."""
-    own = settings.read(file).get("fold", fold)
+    own = settings.read_model_settings(file).get("fold", fold)
     if fold not in (None, "all") and own != fold:
         raise UserError(
             f"{file} was trained on fold {own}, so it has seen cases of fold {fold}, which is scored; leave it out, or"
@@ -131,11 +131,11 @@ def member(file: str, network: nn.Module) -> nn.Module:
     def ends(a: Architecture) -> tuple:
         return a.in_channels, a.n_classes, a.dim
 
-    state = checkpoints.load(file)
+    state = checkpoints.load_checkpoint(file)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     own, wanted = (Architecture.of(shapes(found)) for found in (tensors, network.state_dict()))
     same_task = own and wanted and own.layouts and ends(own) == ends(wanted)
     built = MedNeXt(**own.arguments()) if same_task and own != wanted else copy.deepcopy(network)
-    checkpoints.check(file, built)
+    checkpoints.check_weights(file, built)
     built.load_state_dict(state)
     return built.to(next(network.parameters()).device)

@@ -33,8 +33,8 @@ class Predictor:
 
     def __init__(self, config: ConfigParser) -> None:
         with _unwrapped():
-            checkpoints.check(config.get_parsed_content("model_file"), config.get_parsed_content("network_def"))
-            weights = checkpoints.load(config.get_parsed_content("model_file"))
+            checkpoints.check_weights(config.get_parsed_content("model_file"), config.get_parsed_content("network_def"))
+            weights = checkpoints.load_checkpoint(config.get_parsed_content("model_file"))
             config.get_parsed_content("network_def").load_state_dict(weights)
             self.network = config.get_parsed_content("evaluator#network").eval()
             self.inferer = config.get_parsed_content("evaluator#inferer")

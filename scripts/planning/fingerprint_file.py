@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..data.labels import Labels
 from ..data.scans import image_files
-from ..utils.device import workers
+from ..utils.device import loader_workers
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
 from .fingerprint import fingerprint_case
@@ -60,7 +60,7 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
 
     saved = time.monotonic()
     try:
-        with ThreadPoolExecutor(workers() + 1) as pool:
+        with ThreadPoolExecutor(loader_workers() + 1) as pool:
             found = pool.map(attempt, pending)
             for case, record in tqdm(found, total=len(pending), desc="reading", disable=not pending):
                 # a fault is not remembered: it may have been the disk's or the network's

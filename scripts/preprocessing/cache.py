@@ -32,7 +32,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..data.datasets import image_files
-from ..utils.device import cores
+from ..utils.device import cpu_cores
 from ..utils.errors import UserError, first_cause
 from ..utils.files import remembered, write_whole
 from .cache_key import description, digest, file_digest, versions
@@ -265,7 +265,7 @@ def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:
     """One for each core, but no more than what the largest case leaves room for in half of the free RAM; at least 1."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
     largest = max((_peak_bytes(case, spacing) for case in cases), default=1)
-    return int(max(1, min(cores(), _free_bytes() / 2 // largest) // processes))
+    return int(max(1, min(cpu_cores(), _free_bytes() / 2 // largest) // processes))
 
 
 def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:

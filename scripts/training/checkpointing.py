@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 
 from ..utils.errors import UserError
 from ..weights import model_settings
-from ..weights.checkpoints import compare, load, save
+from ..weights.checkpoints import check_fits, load_checkpoint, save_checkpoint
 from .optim import take_up
 
 logger = logging.getLogger("mednext")
@@ -64,8 +64,8 @@ class TrainingRun:
         if resume:
             if not self.checkpoint.is_file():
                 raise UserError(f"{self.checkpoint} not found; nothing to resume: start without --resume.")
-            self.state = load(self.checkpoint)
-            compare(self.state["model"], network, self.checkpoint)
+            self.state = load_checkpoint(self.checkpoint)
+            check_fits(self.state["model"], network, self.checkpoint)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -126,7 +126,7 @@ class TrainingRun:
             "best_metric": self.best_metric,
             "best_epoch": self.best_epoch,
         }
-        save(state, self.checkpoint)
+        save_checkpoint(state, self.checkpoint)
 
     def keep_weights(self, evaluator: Engine) -> None:
         metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
@@ -135,6 +135,8 @@ class TrainingRun:
         self.best_metric = metric if metric == metric else float("-inf")  # nan: no validation case has foreground
         self.best_epoch = evaluator.state.epoch
         if self.writes:
-            save(self.network.state_dict(), self.weights)
+            save_checkpoint(self.network.state_dict(), self.weights)
             name = evaluator.state.key_metric_name
-            model_settings.write(self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)})
+            model_settings.write_model_settings(
+                self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)}
+            )

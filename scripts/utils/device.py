@@ -1,4 +1,4 @@
-"""The computer that a process runs on: its cores, and what torch is told before it computes on them."""
+"""The computer that a process runs on: its cores, its devices, and what torch is told before it computes on them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import platform
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 
 
-def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """That this process may use: its affinity, and a container's share of time, rounded up.
+def cpu_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Count the cores that this process may use: its affinity, at most a container's share of time, rounded up.
 
     Args:
-        groups: where Linux tells that share.
+        groups: folder in which Linux tells that share, by control groups of version 1 or 2.
     """
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
@@ -29,13 +30,19 @@ def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
     return max(found, 1)
 
 
-def workers(device: object = None) -> int:
-    """Loader processes: half of the cores up to 8; none where the network itself computes on the CPU and needs them."""
-    return 0 if "cpu" in str(device) else min(8, cores() // 2)
+def loader_workers(device: object = None) -> int:
+    """Return how many processes load data: half of the cores, at most 8, and none for a network on the CPU.
+
+    A network on the CPU needs the cores itself.
+
+    Args:
+        device: where the network computes; None says nothing about it.
+    """
+    return 0 if "cpu" in str(device) else min(8, cpu_cores() // 2)
 
 
-def settle(device: str | torch.device) -> None:
-    """Defaults of a process that computes on a CPU; for other devices, and where they do not exist, nothing happens.
+def set_cpu_defaults(device: str | torch.device) -> None:
+    """Set torch and the allocator up for a process that computes on a CPU; do nothing for another device.
 
     - As many threads as there are cores for it, where OMP_NUM_THREADS does not say otherwise.
     - Memory that was freed is kept for the next tensors instead of being returned to the system, which would hand it
@@ -47,8 +54,30 @@ def settle(device: str | torch.device) -> None:
     if torch.device(device).type != "cpu":
         return
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(cores())
+        torch.set_num_threads(cpu_cores())
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def amp_kwargs(device: str | torch.device) -> dict[str, torch.dtype]:
+    """Choose the arguments of autocast: bfloat16 where the GPU computes it natively, else float16; none for a CPU.
+
+    Training in float16 needs a gradient scaler, which MONAI's trainer has.
+    """
+    if torch.device(device).type != "cuda":
+        return {}
+    return {"dtype": torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16}
+
+
+def start_distributed() -> None:
+    """Join the process group that torchrun describes: nccl on GPUs, gloo on CPUs."""
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+
+
+def local_device() -> torch.device:
+    """Return this process's GPU, by torchrun's LOCAL_RANK, or the CPU where there is none."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

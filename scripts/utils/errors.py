@@ -1,4 +1,4 @@
-"""What the user can mend is one sentence, not a traceback."""
+"""Errors that a user can mend are told in one sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -11,39 +11,49 @@ from types import TracebackType
 class UserError(ValueError):
     """A fault in data, weights or settings that the user can mend.
 
-    The message names the file, what was found, what was expected and what to do. Under `python -m monai.bundle` it is
-    printed alone and the exit code is 1; in Python it is an ordinary ValueError.
+    The message names the file, what was found, what was expected and what to do. On the command line it is printed
+    alone and the exit code is 1; in Python it is an ordinary ValueError.
     """
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The UserError that `error` was raised from, else the exception it all began with.
+    """Return the UserError that `error` was raised from, or else the exception that it all began with.
 
-    MONAI wraps what an expression of a config or a transform raises.
+    MONAI wraps what an expression of a config or a transform raises. Causes that refer to one another in a circle, as
+    code that raises an earlier exception again can make them, are each visited once.
     """
-    while not isinstance(error, UserError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
+    seen = {id(error)}
+    while not isinstance(error, UserError):
+        cause = error.__cause__ or error.__context__
+        if cause is None or id(cause) in seen:
+            break
+        error = cause
+        seen.add(id(error))
     return error
 
 
-def command(function: Callable) -> None:
-    """Runs `function` with the command line's arguments (fire); a UserError is printed alone and the exit code is 1.
+def run_command(function: Callable[..., object]) -> None:
+    """Call `function` with the arguments of the command line, parsed by fire.
 
-    Fire looks at all arguments before anything runs: on its own it would call the function first and then complain.
+    A UserError is printed alone and the exit code is 1. Fire checks all arguments before `function` runs; on its own it
+    would call the function first and complain about a mistyped option afterwards.
+
+    Raises:
+        UserError: the package fire is not installed.
     """
     sys.excepthook = _print_user_error
     try:
         import fire
     except ImportError as e:
         raise UserError("the command line needs the package fire: pip install fire") from e
-    given = []
+    calls = []
 
     @functools.wraps(function)
-    def collect(*args, **kwargs) -> None:
-        given.append((args, kwargs))
+    def collect(*args: object, **kwargs: object) -> None:
+        calls.append((args, kwargs))
 
     fire.Fire(collect)
-    for args, kwargs in given:
+    for args, kwargs in calls:
         function(*args, **kwargs)
 
 
@@ -56,4 +66,4 @@ def _print_user_error(kind: type[BaseException], error: BaseException, trace: Tr
 
 
 if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "monai.bundle.__main__":
-    sys.excepthook = _print_user_error
+    sys.excepthook = _print_user_error  # `python -m monai.bundle` has no hook of its own for this

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, whose folder is made if need be, and then puts it in its place.
+    """Let `write` fill a file beside `path`, then put that in the place of `path`; missing folders are made.
 
     Several processes may write the same file at once: each fills one of its own, and the last one stays. Where `write`
     fails nothing is left behind and what was there before stays.
@@ -25,7 +25,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def remembered(path: Path) -> dict:
-    """What an earlier run left in a JSON file; nothing where there is no such file or it is damaged."""
+    """Return what an earlier run left in a JSON file, or {} where there is no such file or it is damaged."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

@@ -1,9 +1,9 @@
-"""What network a set of weights belongs to, read off the shapes of its tensors."""
+"""The network that a set of weights belongs to, read off the shapes of its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ Shapes = Mapping[str, torch.Size]
 class Architecture(NamedTuple):
     """The arguments of MedNeXt that shapes tell; residuals inside blocks and the kind of norm leave no trace in them.
 
-    `layouts` are all rows of LAYOUTS that the down blocks follow: several where ratios do not change between stages.
+    `layouts` names all rows of LAYOUTS that the down blocks follow: several where ratios do not change between stages.
     """
 
     in_channels: int
@@ -35,7 +35,7 @@ class Architecture(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Shapes) -> Architecture | None:
-        """Of the names and shapes of a state dict; None where they are not those of a MedNeXt."""
+        """Recognise the names and shapes of a state dict, or return None where they are not those of a MedNeXt."""
 
         def ratio(block: str) -> int:
             hidden, width = shapes[f"{block}.conv2.weight"][:2]
@@ -68,12 +68,12 @@ class Architecture(NamedTuple):
 
     @property
     def kernel_size(self) -> int | None:
-        """The kernel of all blocks, or None where encoder and decoder have different ones."""
+        """The kernel size of all blocks, or None where encoder and decoder have different ones."""
         return self.enc_kernel_size if self.enc_kernel_size == self.dec_kernel_size else None
 
     @property
     def size(self) -> str | None:
-        """The row of SIZES that builds it with no further options than its kernel, or None."""
+        """The row of SIZES that builds this network with no further option than its kernel size, or None."""
         return next((name for name in self._sizes() if bool(SIZES[name].grn) == self.grn and self._plain()), None)
 
     def _plain(self) -> bool:
@@ -87,10 +87,11 @@ class Architecture(NamedTuple):
             and row.layout in self.layouts
         ]
 
-    def arguments(self) -> dict:
-        """What MedNeXt is to be called with.
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments with which MedNeXt builds this network.
 
-        Shapes do not tell the kind of norm, taken as published, and the residuals of blocks, taken as those of moves.
+        Shapes do not tell the kind of norm, which is taken as published, nor whether the blocks of a stage have
+        residuals, which is taken to be so where down and up blocks have them.
 
         Raises:
             ValueError: the down blocks follow no row of LAYOUTS.
@@ -127,17 +128,20 @@ class Architecture(NamedTuple):
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
-    """Of a state dict."""
+    """Return the shape of every tensor of a state dict, by its name."""
     return {key: value.shape for key, value in state.items()}
 
 
 def describe(found: Shapes) -> str:
-    """In words what network tensors of these shapes belong to, e.g. "MedNeXt S, kernel 3, 1 channel(s), 3 classes"."""
+    """Say what network tensors of these shapes belong to, e.g. "MedNeXt S, kernel 3, 1 channel(s), 3 classes"."""
     return str(Architecture.of(found) or "another network than MedNeXt")
 
 
 def explain(found: Shapes, wanted: Shapes) -> str:
-    """A sentence where two networks differ in their layout alone, which no user could guess; else an empty text."""
+    """Explain in a sentence how two networks differ in their layout alone; return an empty text for all others.
+
+    Their other arguments are equal, so that no user could guess the reason from what `describe` says.
+    """
     a, b = Architecture.of(found), Architecture.of(wanted)
     if not (a and b and a.layouts and b.layouts) or {*a.layouts} & {*b.layouts}:
         return ""
@@ -154,7 +158,7 @@ def explain(found: Shapes, wanted: Shapes) -> str:
 
 
 def build(architecture: Architecture) -> MedNeXt:
-    """The network on the meta device, without memory; for its names and shapes.
+    """Build the network on the meta device, where it has names and shapes but takes no memory.
 
     Raises:
         ValueError: there is no such MedNeXt.

@@ -1,4 +1,4 @@
-"""Weights of any MedNeXt: what a file holds, the names others give the same tensors, and whether they fit a network.
+"""Weights of any MedNeXt: what a file holds, the names that others give the same tensors, whether they fit a network.
 
 Files come from this bundle, from MIC-DKFZ/MedNeXt (nnU-Net v1's `*.model`), from MONAI's own MedNeXt, bare or inside a
 training checkpoint. Inside the bundle there is one set of names, that of `mednext.py`.
@@ -35,15 +35,15 @@ MONAI_PARAMETERS = {"grn_beta": "global_resp_beta", "grn_gamma": "global_resp_ga
 State = dict[str, torch.Tensor]
 
 
-class Weights(NamedTuple):
-    """`state` with our names; `format` is whose names it had: "mednext", "mic-dkfz" or "monai"."""
+class MedNeXtWeights(NamedTuple):
+    """A state dict with our names, and the `format` that tells whose names it had: "mednext", "mic-dkfz" or "monai"."""
 
     state: State
     format: str
 
 
-def load(path: str | Path) -> dict:
-    """The file's dictionary, on the CPU; only tensors, plain values and numpy scalars are accepted.
+def load_checkpoint(path: str | Path) -> dict:
+    """Load the dictionary in a file onto the CPU; only tensors, plain values and numpy scalars are accepted.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or would have to run code to be read.
@@ -76,7 +76,7 @@ def load(path: str | Path) -> dict:
 
 
 def _numpy_scalars() -> list:
-    """What nnU-Net v1 writes beside the weights: the numpy scalars of its loss curves."""
+    """Return the numpy types that nnU-Net v1 writes beside the weights, in its loss curves."""
     try:
         import numpy as np
     except ImportError:  # the network needs torch alone; such a file is then refused
@@ -87,18 +87,18 @@ def _numpy_scalars() -> list:
     return [*names, np.dtype, *kinds]
 
 
-def save(content: dict, path: str | Path) -> None:
-    """Writes a file whole or not at all."""
+def save_checkpoint(content: dict, path: str | Path) -> None:
+    """Write a file of weights, whole or not at all."""
     write_whole(path, lambda partial: torch.save(content, partial))
 
 
-def read(path: str | Path) -> Weights:
-    """The weights in a file, with our names.
+def read_weights(path: str | Path) -> MedNeXtWeights:
+    """Read the weights in a file, bare or inside a training checkpoint, and give them our names.
 
     Raises:
-        UserError: as `load` and `translate`.
+        UserError: as from `load_checkpoint` and `translate`, or the file holds several networks.
     """
-    content = load(path)
+    content = load_checkpoint(path)
     nested = {key: part for key, part in content.items() if isinstance(part, Mapping) and _stems(part)}
     if len(nested) > 1:
         raise UserError(f"{path} holds several networks, {', '.join(map(str, nested))}; save the one you want alone.")
@@ -109,13 +109,17 @@ def _stems(state: Mapping) -> list[str]:
     return [key for key in map(str, state) if key == "stem.weight" or key.endswith(".stem.weight")]
 
 
-def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> Weights:
-    """Any MedNeXt's state dict with our names, and whose names it had.
+def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> MedNeXtWeights:
+    """Give the tensors of any MedNeXt's state dict our names.
 
-    Prefixes that wrappers put before every name, whatever they are, and the original's `dummy_tensor` go.
+    Prefixes that wrappers put before every name, whatever they are, and the original's `dummy_tensor` are removed.
+
+    Args:
+        state: the tensors by their foreign names.
+        source: names `state` in messages.
 
     Raises:
-        UserError: no or several MedNeXts in it, something that is no tensor, or two tensors of one name.
+        UserError: it holds no or several MedNeXts, something that is no tensor, or two tensors of one name.
     """
     entries, state = len(state), {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
     stems = _stems(state)
@@ -130,16 +134,16 @@ def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> Weights:
     if len(state) != entries:
         raise UserError(f"{source} holds {entries} tensors under {len(state)} names without their prefixes.")
     if "dummy_tensor" in state:
-        return Weights({key: value for key, value in state.items() if key != "dummy_tensor"}, "mic-dkfz")
+        return MedNeXtWeights({key: value for key, value in state.items() if key != "dummy_tensor"}, "mic-dkfz")
     if any(key.startswith("enc_stages.") for key in state):
         modules = {theirs: ours for ours, theirs in MONAI_MODULES.items()}
         parameters = {theirs: ours for ours, theirs in MONAI_PARAMETERS.items()}
-        return Weights({_renamed(key, modules, parameters): value for key, value in state.items()}, "monai")
-    return Weights(state, "mednext")
+        return MedNeXtWeights({_renamed(key, modules, parameters): value for key, value in state.items()}, "monai")
+    return MedNeXtWeights(state, "mednext")
 
 
 def to_mic_dkfz(state: State) -> dict:
-    """A file that the original loads strictly, to predict or to train on: nnU-Net v1's dictionary, its curves empty."""
+    """Make nnU-Net v1's dictionary, its curves empty, which the original loads strictly to predict or to train on."""
     return {
         "epoch": 0,
         "state_dict": {**state, "dummy_tensor": torch.ones(1)},
@@ -151,7 +155,7 @@ def to_mic_dkfz(state: State) -> dict:
 
 
 def to_monai(state: State) -> dict:
-    """A state dict that monai.networks.nets.MedNeXt loads strictly."""
+    """Make the state dict that monai.networks.nets.MedNeXt loads strictly."""
     return {_renamed(key, MONAI_MODULES, MONAI_PARAMETERS): value for key, value in state.items()}
 
 
@@ -163,30 +167,38 @@ def _renamed(key: str, modules: Mapping[str, str], parameters: Mapping[str, str]
     return f"{start}.{parameters[last]}" if last in parameters else key
 
 
-def check(path: str | Path, network: nn.Module) -> None:
-    """Raises UserError unless `path` is a plain state dict with the names and shapes of `network`, a MedNeXt or not."""
-    content = load(path)
+def check_weights(path: str | Path, network: nn.Module) -> None:
+    """Check that a file is a plain state dict with the names and shapes of `network`, a MedNeXt or not.
+
+    Raises:
+        UserError: it is not; for weights of another implementation the message has the command that converts them.
+    """
+    content = load_checkpoint(path)
     plain = all(isinstance(value, torch.Tensor) for value in content.values())
     if plain and not differences(shapes(content), shapes(network.state_dict())):
         return
-    weights = read(path)
+    weights = read_weights(path)
     if weights.state.keys() != content.keys():
         raise UserError(
             f"{path} is not a plain state dict of this bundle; convert it first:"
             f" python -m scripts convert_weights --source {path} --target models/NAME.pt"
         )
-    compare(weights.state, network, path)
+    check_fits(weights.state, network, path)
 
 
-def compare(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:
-    """Raises UserError unless `state` has the names and shapes of `network`; `source` names it in the message."""
+def check_fits(state: Mapping[str, torch.Tensor], network: nn.Module, source: str | Path) -> None:
+    """Check that `state` has the names and shapes of `network`; `source` names it in the message.
+
+    Raises:
+        UserError: they differ; the message says which two networks these are, and lists the tensors.
+    """
     found, wanted = shapes(state), shapes(network.state_dict())
     if different := differences(found, wanted):
         raise mismatch(source, found, wanted, different)
 
 
 def mismatch(source: str | Path, found: Shapes, wanted: Shapes, different: str) -> UserError:
-    """The error for weights of another network than the one they are for."""
+    """Make the error for weights of another network than the one they are for; `different` lists the tensors."""
     said, asked, reason = describe(found), describe(wanted), explain(found, wanted)
     if said == asked and not reason:
         return UserError(f"{source} is not a whole {said}. Tensors {different}. Copy or save it again.")
@@ -197,7 +209,10 @@ def mismatch(source: str | Path, found: Shapes, wanted: Shapes, different: str) 
 
 
 def differences(found: Shapes, wanted: Shapes) -> str:
-    """Every name without a partner on the other side, whole modules as `module.*`, and the first of other shapes."""
+    """List the names without a partner on the other side, whole modules as `module.*`, and six of another shape.
+
+    The text is empty where both sides have the same names and shapes.
+    """
     others = [
         f"{k} ({list(found[k])} instead of {list(wanted[k])})" for k in found if k in wanted and found[k] != wanted[k]
     ]
@@ -211,9 +226,11 @@ def differences(found: Shapes, wanted: Shapes) -> str:
 
 def _named(keys: list[str], among: Iterable[str]) -> list[str]:
     def module(key: str) -> str:  # down_0.conv1.weight -> down_0, bottleneck.1.grn_beta -> bottleneck.1
-        return re.match(r"[^.]*(\.\d+(?=\.))?", key)[0]
+        found = re.match(r"[^.]*(\.\d+(?=\.))?", key)
+        assert found is not None  # the pattern matches the empty text, too
+        return found[0]
 
-    names = []
+    names: list[str] = []
     for name, group in groupby(sorted(keys, key=module), key=module):
         members = list(group)
         whole = len(members) > 1 and len(members) == sum(module(key) == name for key in among)

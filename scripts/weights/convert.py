@@ -1,32 +1,34 @@
-"""Weights from one implementation to another, `--source FILE --target models/model.pt`."""
+"""Weights from one implementation to another: `python -m scripts convert_weights --source FILE --target NEW_FILE`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import UserError
-from . import checkpoints
-from . import model_settings as settings
 from .architecture import Architecture, build, describe, shapes
+from .checkpoints import HEADS, State, check_fits, read_weights, save_checkpoint, to_mic_dkfz, to_monai
+from .model_settings import read_model_settings, settings_file, write_model_settings
 
 FORMATS = {"mednext": "this bundle", "mic-dkfz": "MIC-DKFZ/MedNeXt", "monai": "MONAI"}
-EXPORT = {"mednext": dict, "mic-dkfz": checkpoints.to_mic_dkfz, "monai": checkpoints.to_monai}
-COARSE_HEADS = tuple(f"{checkpoints.HEADS}{level}." for level in range(1, 5))
-KEPT = (
+EXPORT: dict[str, Callable[[State], dict]] = {"mednext": dict, "mic-dkfz": to_mic_dkfz, "monai": to_monai}
+COARSE_HEADS = tuple(f"{HEADS}{level}." for level in range(1, 5))
+KEPT = (  # settings beside the target that are not about its earlier weights
     "labels",
     "label_values",
     "regions",
     "regions_class_order",
-    "scored",
+    "eval_classes",
     "crop_to_nonzero",
     "intensity",
     "spacing",
     "patch_size",
     "mirror_axes",
-)  # settings beside the target that are not about its earlier weights
+)
 
 
-def convert(
+def convert_weights(
     source: str,
     target: str,
     to: str = "mednext",
@@ -36,7 +38,7 @@ def convert(
     out_channels: int | None = None,
     deep_supervision: bool | None = None,
 ) -> None:
-    """Recognises weights, says what they are, checks them, and writes them in another implementation's names.
+    """Recognise weights, say what they are, check them, and write them in another implementation's names.
 
     Args:
         source: a file of this bundle, of MIC-DKFZ/MedNeXt (`*.model`) or of MONAI's MedNeXt.
@@ -52,13 +54,8 @@ def convert(
     Raises:
         UserError: the file cannot be read, is no MedNeXt, or not the one that was asked for.
     """
-    if to not in FORMATS:
-        raise UserError(f"to is {to!r}; expected one of {', '.join(FORMATS)}.")
-    if Path(target).exists():
-        raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
-    if Path(target).suffix == ".json":
-        raise UserError(f"{target} is the name of a settings file; give the weights another ending, for example .pt.")
-    weights = checkpoints.read(source)
+    _check_target(to, target)
+    weights = read_weights(source)
     state, found = weights.state, _recognise(weights.state, source)
     print(f"{source}: {found}; names of {FORMATS[weights.format]}")
     print(
@@ -66,57 +63,75 @@ def convert(
         + ", GRN by sum" * ("v2" in found.layouts)
     )
 
-    earlier = settings.read(target) if to == "mednext" else {}
-    asked = {
+    earlier = read_model_settings(target) if to == "mednext" else {}
+    wanted = {
         "size": size,
         "kernel_size": kernel_size,
         "in_channels": in_channels,
         "out_channels": out_channels,
         "deep_supervision": deep_supervision,
     }
-    asked = {key: earlier.get(key) if value is None else value for key, value in asked.items()}
-    if asked["deep_supervision"] is False and found.deep_supervision:
+    wanted = {key: earlier.get(key) if value is None else value for key, value in wanted.items()}
+    if wanted["deep_supervision"] is False and found.deep_supervision:
         state = {key: value for key, value in state.items() if not key.startswith(COARSE_HEADS)}
         found = found._replace(deep_supervision=False)
         print("left out: the heads of the four coarser resolutions")
-    has = {
-        "size": found.size or "of its own",
-        "kernel_size": found.kernel_size,
-        "in_channels": found.in_channels,
-        "out_channels": found.n_classes,
-        "deep_supervision": found.deep_supervision,
-    }
-    wrong = [f"{key} {has[key]} instead of {value}" for key, value in asked.items() if value not in (None, has[key])]
-    labels = len(earlier.get("labels", ())) or found.n_classes
-    wrong += [f"{found.n_classes} classes for {labels} labels"] * (labels != found.n_classes)
-    if wrong:
-        raise UserError(f"{source} holds {found}: {', '.join(wrong)}; give other weights or other settings.")
+    _check_wanted(found, wanted, len(earlier.get("labels", ())), source)
     _check_other_side(found, to, source)
 
     try:
-        checkpoints.save(EXPORT[to](state), target)
+        save_checkpoint(EXPORT[to](state), target)
         print(f"wrote {target}")
         if to == "mednext" and found.size:
-            settings.write(
-                target, {k: earlier[k] for k in KEPT if k in earlier} | has | {"converted_from": Path(source).name}
-            )
-            print(f"wrote {settings.settings_file(target)}: spacing and patch are as published, unless you add others")
+            kept = {key: earlier[key] for key in KEPT if key in earlier}
+            write_model_settings(target, kept | _settings(found) | {"converted_from": Path(source).name})
+            print(f"wrote {settings_file(target)}: spacing and patch are as published, unless you add others")
         elif to == "mednext":
             print(f"no row of the table of sizes: build it with MedNeXt(**{found.arguments()})")
     except OSError as e:
         raise UserError(f"{target} cannot be written ({e.strerror}); give another --target.") from e
 
 
-def _recognise(state: checkpoints.State, source: str) -> Architecture:
+def _check_target(to: str, target: str) -> None:
+    if to not in FORMATS:
+        raise UserError(f"to is {to!r}; expected one of {', '.join(FORMATS)}.")
+    if Path(target).exists():
+        raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
+    if Path(target).suffix == ".json":
+        raise UserError(f"{target} is the name of a settings file; give the weights another ending, for example .pt.")
+
+
+def _recognise(state: State, source: str) -> Architecture:
     found = Architecture.of(shapes(state))
+    if found is None:
+        raise UserError(f"{source} holds {describe(shapes(state))}.")
     try:
-        network = build(found) if found else None
+        network = build(found)
     except ValueError as e:  # for example an even kernel
         raise UserError(f"{source} holds no MedNeXt that can be built: {e}") from e
-    if network is None:
-        raise UserError(f"{source} holds {describe(shapes(state))}.")
-    checkpoints.compare(state, network, source)
+    check_fits(state, network, source)
     return found
+
+
+def _settings(found: Architecture) -> dict[str, Any]:
+    """Return the settings of `configs/train.json` that the shapes of the weights decide."""
+    return {
+        "size": found.size or "of its own",
+        "kernel_size": found.kernel_size,
+        "in_channels": found.in_channels,
+        "out_channels": found.n_classes,
+        "deep_supervision": found.deep_supervision,
+    }
+
+
+def _check_wanted(found: Architecture, wanted: Mapping[str, Any], labels: int, source: str) -> None:
+    """Raise UserError where the weights differ from the settings asked for, or from the number of labels if known."""
+    has = _settings(found)
+    wrong = [f"{key} {has[key]} instead of {value}" for key, value in wanted.items() if value not in (None, has[key])]
+    if labels and labels != found.n_classes:
+        wrong.append(f"{found.n_classes} classes for {labels} labels")
+    if wrong:
+        raise UserError(f"{source} holds {found}: {', '.join(wrong)}; give other weights or other settings.")
 
 
 def _check_other_side(found: Architecture, to: str, source: str) -> None:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..utils.errors import UserError
-from . import checkpoints
-from . import model_settings as settings
 from .architecture import shapes
+from .checkpoints import HEADS, differences, mismatch, read_weights, translate
+from .model_settings import read_model_settings
 
 logger = logging.getLogger("mednext")
 
@@ -43,7 +43,7 @@ class Report(NamedTuple):
 def transfer(
     network: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path, skip: str | Iterable[str] = ()
 ) -> Report:
-    """Loads `state` (our names) into `network`, resizing kernels; the network is untouched where anything does not fit.
+    """Load `state` (our names) into `network`, resizing kernels; the network is untouched where anything does not fit.
 
     Args:
         network: what is to start from it.
@@ -68,8 +68,8 @@ def transfer(
             resized[key] = (value.shape, own[key].shape)
             fitted[key] = F.interpolate(value, size=own[key].shape[2:], mode=LINEAR[value.dim()])
     wanted = {key: value.shape for key, value in own.items() if key not in skipped}
-    if different := checkpoints.differences(shapes(fitted), wanted):
-        raise checkpoints.mismatch(source, shapes(state), shapes(own), different)
+    if different := differences(shapes(fitted), wanted):
+        raise mismatch(source, shapes(state), shapes(own), different)
     network.load_state_dict({**fitted, **{key: own[key] for key in skipped}})
     return Report(copied, resized, skipped)
 
@@ -81,25 +81,25 @@ def start_from(
     resume: bool = False,
     fold: int | str | None = None,
 ) -> None:
-    """What the control panel's `upkern_from` does: starts `network` from a file's weights, whoever wrote it.
+    """Start `network` from the weights in a file, whoever wrote it; the setting `init_weights` comes here.
 
     Args:
         network: what is to start from it.
-        path: the file; None does nothing.
+        path: the file; with None nothing happens.
         skip_heads: keep the network's own heads, for other classes.
-        resume: do nothing, since a checkpoint will have it all.
-        fold: that is held out now; a file whose settings name another one is warned of.
+        resume: nothing happens, since the checkpoint of the run that goes on has all weights.
+        fold: the fold that is held out now; a file whose settings name another one is warned of.
 
     Raises:
         UserError: the file cannot be read or does not fit, or `skip_heads` without a file.
     """
     if skip_heads and path is None:
-        raise UserError("skip_heads is True without upkern_from; give the weights to start from: --upkern_from FILE.")
+        raise UserError("skip_heads is True without init_weights; give the weights to start from: --init_weights FILE.")
     if path is None or resume:
         return
-    report = transfer(network, checkpoints.read(path).state, path, (checkpoints.HEADS,) if skip_heads else ())
+    report = transfer(network, read_weights(path).state, path, (HEADS,) if skip_heads else ())
     logger.info("starting from %s: %s", path, report)
-    theirs = settings.read(path).get("fold")
+    theirs = read_model_settings(path).get("fold")
     if None not in (theirs, fold) and theirs != fold:
         logger.warning(
             "%s was trained on fold %s, this is fold %s: if they are folds of one data set, it has seen the cases that"
@@ -108,18 +108,17 @@ def start_from(
 
 
 def upkern_load_weights(network: nn.Module, pretrained_net: nn.Module, skip: str | Iterable[str] = ()) -> nn.Module:
-    """The original's function: `network` with the weights of `pretrained_net`, a network of smaller kernels.
+    """Return `network` with the weights of `pretrained_net`, a network of smaller kernels, as the original's function.
 
-    Where the two do not have the same names, `pretrained_net` is taken for a MedNeXt of any of the known forms.
-
-    Other than there, a tensor without a partner is an error, unless its name starts with an entry of `skip`.
+    Where the two do not have the same names, `pretrained_net` is taken for a MedNeXt of any of the known forms. Other
+    than in the original, a tensor without a partner is an error, unless its name starts with an entry of `skip`.
 
     Raises:
         UserError: the two do not fit; `network` is untouched then.
     """
     source, state = "the pretrained network", pretrained_net.state_dict()
     if state.keys() != network.state_dict().keys():
-        state = checkpoints.translate(state, source).state
+        state = translate(state, source).state
     report = transfer(network, state, source, skip)
     logger.info("UpKern: %s", report)
     return network

@@ -22,7 +22,7 @@ def save(path: Path, seed: int, kernel_size: int = 3, classes: int = 3, size: st
     torch.manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(create_mednext(1, classes, size, kernel_size, True).state_dict(), path)
-    settings.write(path, {**PANEL, "size": size, "kernel_size": kernel_size, **changes})
+    settings.write_model_settings(path, {**PANEL, "size": size, "kernel_size": kernel_size, **changes})
     return str(path)
 
 
@@ -111,7 +111,7 @@ class TestWhatCannotBeAveraged:
             join(network(files[0]), files[0], [files[1], other], "softmax")
 
     def test_settings_that_only_one_of_them_names_are_no_difference(self, files, tmp_path):
-        settings.write(files[0], {"crop_to_nonzero": False, **PANEL})
+        settings.write_model_settings(files[0], {"crop_to_nonzero": False, **PANEL})
         settings.settings_file(files[1]).unlink()
         assert len(join(network(files[0]), files[0], files[1], "softmax").members) == 2
 

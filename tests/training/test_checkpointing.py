@@ -12,18 +12,18 @@ from scripts.training.checkpointing import TrainingRun
 from scripts.training.optim import polynomial
 from scripts.utils.errors import UserError
 from scripts.weights import model_settings as settings
-from scripts.weights.checkpoints import load
+from scripts.weights.checkpoints import load_checkpoint
 
 
 def test_settings_beside_weights_override_defaults(tmp_path):
-    assert settings.read(tmp_path / "model.pt", size="S") == {"size": "S"}
-    settings.write(tmp_path / "model.pt", {"size": "B", "spacing": [1.0, 1.0, 2.0]})
-    assert settings.read(tmp_path / "model.pt", size="S", kernel_size=3) == {
+    assert settings.read_model_settings(tmp_path / "model.pt", size="S") == {"size": "S"}
+    settings.write_model_settings(tmp_path / "model.pt", {"size": "B", "spacing": [1.0, 1.0, 2.0]})
+    assert settings.read_model_settings(tmp_path / "model.pt", size="S", kernel_size=3) == {
         "size": "B", "spacing": [1.0, 1.0, 2.0], "kernel_size": 3
     }  # fmt: skip
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(UserError, match="model.json is not valid JSON"):
-        settings.read(tmp_path / "model.pt")
+        settings.read_model_settings(tmp_path / "model.pt")
 
 
 class TestTrainingRun:
@@ -48,7 +48,7 @@ class TestTrainingRun:
         for epoch, dice in ((1, 0.5), (2, 0.7), (3, 0.6), (4, float("nan"))):
             torch.nn.init.constant_(run.network.weight, epoch)
             self.validate(run, epoch, dice)
-        assert load(tmp_path / "model.pt")["weight"].unique() == 2
+        assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 2
         assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 2, "dice": 0.7}
 
     def test_the_last_weights_are_kept_if_asked_for(self, tmp_path):
@@ -56,7 +56,7 @@ class TestTrainingRun:
         for epoch, dice in ((1, 0.7), (2, 0.5)):
             torch.nn.init.constant_(run.network.weight, epoch)
             self.validate(run, epoch, dice)
-        assert load(tmp_path / "model.pt")["weight"].unique() == 2
+        assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 2
         assert json.loads((tmp_path / "model.json").read_text())["dice"] == 0.5
         with pytest.raises(UserError, match="keep is 'first'; expected best or last"):
             self.run_of(tmp_path, keep="first")
@@ -122,13 +122,13 @@ class TestTrainingRun:
         run, trainer = self.run_of(tmp_path)
         self.validate(run, 1, 0.7)
         run.save(trainer)
-        old = load(tmp_path / "model.pt")["weight"]
+        old = load_checkpoint(tmp_path / "model.pt")["weight"]
         (tmp_path / "postprocessing.json").write_text("{}")
         new, restarted = self.run_of(tmp_path)
         new.start(restarted)
         self.validate(new, 1, 0.1)
         kept = next((tmp_path / "previous").iterdir())
-        assert torch.equal(load(kept / "model.pt")["weight"], old)
+        assert torch.equal(load_checkpoint(kept / "model.pt")["weight"], old)
         assert (kept / "model.json").is_file()
         assert (kept / "postprocessing.json").is_file()
         assert not (tmp_path / "postprocessing.json").exists()

@@ -1,10 +1,15 @@
+"""The computer is asked for what it has, and torch is told."""
+
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from scripts.utils.device import cores, workers
+from scripts.utils.device import amp_kwargs, cpu_cores, loader_workers, local_device, start_distributed
 
 
 @pytest.mark.parametrize(
@@ -23,17 +28,42 @@ def test_cores_are_those_of_the_container(files, expected, tmp_path, monkeypatch
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert cores(tmp_path) == expected
+    assert cpu_cores(tmp_path) == expected
 
 
-def test_a_network_on_the_cpu_gets_all_cores():
-    assert workers("cpu") == 0
+def test_a_network_on_the_cpu_gets_all_cores_and_another_half_of_them(monkeypatch):
+    monkeypatch.setattr("scripts.utils.device.cpu_cores", lambda: 12)
+    assert (loader_workers("cpu"), loader_workers("cuda:0"), loader_workers()) == (0, 6, 6)
+    monkeypatch.setattr("scripts.utils.device.cpu_cores", lambda: 64)
+    assert loader_workers("cuda:0") == 8
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_autocast_takes_bfloat16_where_the_gpu_computes_it(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert amp_kwargs("cuda:0") == {"dtype": dtype}
+    assert amp_kwargs("cpu") == {}
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [(True, "nccl"), (False, "gloo")], ids=["GPU", "CPU"])
+def test_each_process_takes_its_own_device(gpu, backend, monkeypatch):
+    joined = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", joined.append)
+    start_distributed()
+    own = torch.device("cuda:3") if gpu else torch.device("cpu")
+    assert local_device() == own
+    assert joined == ([backend, own] if gpu else [backend])
 
 
 SETTLED = """
 import os, torch
-from scripts.utils.device import settle
-settle("cpu")
+from scripts.utils.device import set_cpu_defaults
+set_cpu_defaults("cpu")
 print(torch.get_num_threads())
 faults = lambda: int(open("/proc/self/stat").read().rsplit(") ")[-1].split()[7])
 for _ in range(20):  # the heap settles within ten
@@ -57,7 +87,7 @@ def settled(**environment):
 
 def test_all_cores_compute_and_freed_memory_is_kept():
     threads, kept = settled(OMP_NUM_THREADS="")
-    assert int(threads) == cores()
+    assert int(threads) == cpu_cores()
     if sys.platform == "linux":
         assert kept == "True"
 

@@ -12,7 +12,15 @@ from monai.networks.nets.mednext import create_mednext as monai_mednext
 
 from scripts.mednext import MedNeXt, create_mednext, create_mednext_v1
 from scripts.utils.errors import UserError
-from scripts.weights.checkpoints import check, compare, load, read, to_mic_dkfz, to_monai, translate
+from scripts.weights.checkpoints import (
+    check_fits,
+    check_weights,
+    load_checkpoint,
+    read_weights,
+    to_mic_dkfz,
+    to_monai,
+    translate,
+)
 
 
 def small(**options) -> MedNeXt:
@@ -65,7 +73,7 @@ WAYS = {
 def test_weights_are_found_however_they_are_wrapped(wrap, expected, options, tmp_path):
     state = small(**options).state_dict()
     torch.save(wrap(state), tmp_path / "weights.model")
-    weights = read(tmp_path / "weights.model")
+    weights = read_weights(tmp_path / "weights.model")
     assert_same(weights.state, state)
     assert weights.format == expected
 
@@ -79,7 +87,7 @@ def test_files_written_with_numpy_1_are_read(tmp_path):
                 assert b"numpy._core.multiarray" in content
                 content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
             old.writestr(entry, content)
-    assert load(tmp_path / "old.model")["best_stuff"] == (3, -0.5, 0.8)
+    assert load_checkpoint(tmp_path / "old.model")["best_stuff"] == (3, -0.5, 0.8)
 
 
 def test_the_original_gets_its_dummy_tensor_and_its_dictionary():
@@ -114,7 +122,7 @@ def test_monai_b_m_and_l_are_refused_by_the_papers_network_with_the_reason(size)
         f"ratio of the stage before them.*Build it with --size monai-{size}.*down_0.conv2.weight .*down_1.conv3.weight"
     )
     with pytest.raises(UserError, match=f"holds MedNeXt monai-{size}.*network is MedNeXt {size}.*{reason}"):
-        compare(state, paper, "monai.pt")
+        check_fits(state, paper, "monai.pt")
 
 
 @pytest.mark.parametrize(
@@ -130,20 +138,20 @@ def test_monai_b_m_and_l_are_refused_by_the_papers_network_with_the_reason(size)
 def test_weights_of_another_network_are_refused_with_both_sides(arguments, found, tmp_path):
     torch.save(create_mednext_v1(*arguments, deep_supervision=True).state_dict(), tmp_path / "model.pt")
     with pytest.raises(UserError, match=f"{found}.*but the network is MedNeXt S, kernel 3, 1 channel.*3 classes"):
-        check(tmp_path / "model.pt", create_mednext_v1(1, 3, "S", deep_supervision=True))
+        check_weights(tmp_path / "model.pt", create_mednext_v1(1, 3, "S", deep_supervision=True))
 
 
 def test_a_part_of_the_right_network_is_said_to_be_a_part():
     state = small().state_dict()
     del state["up_2.conv1.bias"]
     with pytest.raises(UserError, match=r"is not a whole MedNeXt .*that the file lacks: up_2.conv1.bias. Copy or save"):
-        compare(state, small(), "model.pt")
+        check_fits(state, small(), "model.pt")
 
 
 def test_where_grn_alone_differs_that_is_the_reason():
     theirs, ours = small(grn=True, layout="monai"), small(grn=True)
     with pytest.raises(UserError, match="They have GRN in different down blocks"):
-        compare(theirs.state_dict(), ours, "model.pt")
+        check_fits(theirs.state_dict(), ours, "model.pt")
 
 
 def test_every_name_without_a_partner_is_listed_whole_modules_as_one():
@@ -153,7 +161,7 @@ def test_every_name_without_a_partner_is_listed_whole_modules_as_one():
     del state["down_0.conv1.bias"]  # a part of one
     state |= {"loss.weight": torch.ones(1), "ema.decay": torch.ones(1), "ema.steps": torch.ones(1)}
     with pytest.raises(UserError) as error:
-        compare(state, network, "model.pt")
+        check_fits(state, network, "model.pt")
     assert "that only the file has: ema.* (2), loss.weight; that the file lacks: down_0.conv1.bias, out_1.* (2)" in str(
         error.value
     )
@@ -163,14 +171,14 @@ def test_every_name_without_a_partner_is_listed_whole_modules_as_one():
 def test_running_on_weights_of_another_form_says_how_to_convert_them(wrap, tmp_path):
     torch.save(WAYS[wrap][0](small().state_dict()), tmp_path / "other.model")
     with pytest.raises(UserError, match=r"python -m scripts convert_weights --source .*other.model --target"):
-        check(tmp_path / "other.model", small())
+        check_weights(tmp_path / "other.model", small())
 
 
 def test_a_network_of_the_users_own_is_checked_too(tmp_path):
     torch.save(torch.nn.Conv3d(1, 2, 1).state_dict(), tmp_path / "own.pt")
-    check(tmp_path / "own.pt", torch.nn.Conv3d(1, 2, 1))
+    check_weights(tmp_path / "own.pt", torch.nn.Conv3d(1, 2, 1))
     with pytest.raises(UserError, match="own.pt holds no MedNeXt"):
-        check(tmp_path / "own.pt", torch.nn.Conv3d(1, 3, 1))
+        check_weights(tmp_path / "own.pt", torch.nn.Conv3d(1, 3, 1))
 
 
 @pytest.mark.parametrize(
@@ -201,12 +209,12 @@ def test_a_network_of_the_users_own_is_checked_too(tmp_path):
 def test_files_without_one_mednext_are_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=f"weights.pt.*{message}"):
-        read(tmp_path / "weights.pt")
+        read_weights(tmp_path / "weights.pt")
 
 
 def test_missing_damaged_and_other_files_are_named(tmp_path):
     with pytest.raises(UserError, match="model.pt not found; train first"):
-        load(tmp_path / "model.pt")
+        load_checkpoint(tmp_path / "model.pt")
     torch.save(small().state_dict(), tmp_path / "whole.pt")
     (tmp_path / "truncated.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
     (tmp_path / "image.nii").write_bytes(bytes(400))
@@ -214,12 +222,12 @@ def test_missing_damaged_and_other_files_are_named(tmp_path):
     (tmp_path / "plans.pkl").write_bytes(pickle.dumps({"plans": {1, 2}}))
     for name in ("truncated.pt", "image.nii", "empty.pt", "plans.pkl"):
         with pytest.raises(UserError, match=f"{name} is not a readable weights file"):
-            load(tmp_path / name)
+            load_checkpoint(tmp_path / name)
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "scripted.pt")
     with pytest.raises(UserError, match="scripted.pt is a TorchScript program"):
-        load(tmp_path / "scripted.pt")
+        load_checkpoint(tmp_path / "scripted.pt")
     with pytest.raises(UserError, match="is a folder; give the file"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_a_file_that_would_run_code_is_refused_with_the_class_it_wants(tmp_path):
@@ -229,7 +237,7 @@ def test_a_file_that_would_run_code_is_refused_with_the_class_it_wants(tmp_path)
 
     torch.save({"weights": Payload()}, tmp_path / "model.pt")
     with pytest.raises(UserError, match="holds a _pytest.outcomes.* object, and reading that could run code"):
-        load(tmp_path / "model.pt")
+        load_checkpoint(tmp_path / "model.pt")
     torch.save(small(), tmp_path / "module.pt")
     with pytest.raises(UserError, match=r"holds a scripts.mednext.MedNeXt object.*save the weights alone"):
-        load(tmp_path / "module.pt")
+        load_checkpoint(tmp_path / "module.pt")

@@ -14,8 +14,8 @@ from monai.networks.nets.mednext import create_mednext as monai_mednext
 
 from scripts.mednext import create_mednext, create_mednext_v2
 from scripts.utils.errors import UserError
-from scripts.weights.checkpoints import load
-from scripts.weights.convert import convert
+from scripts.weights.checkpoints import load_checkpoint
+from scripts.weights.convert import convert_weights
 
 from .test_checkpoints import assert_same, nnunet_v1
 
@@ -58,28 +58,28 @@ def test_an_original_checkpoint_segments_a_scan_after_one_command(original, phan
 
 @pytest.mark.parametrize("heads", [True, False], ids=["deep supervision", "no coarse heads"])
 def test_weights_come_back_from_the_original_bit_for_bit(heads, original, tmp_path):
-    convert(original, tmp_path / "model.pt", deep_supervision=heads)
+    convert_weights(original, tmp_path / "model.pt", deep_supervision=heads)
     assert json.loads((tmp_path / "model.json").read_text())["deep_supervision"] is heads
-    convert(tmp_path / "model.pt", tmp_path / "back.model", to="mic-dkfz")
-    given = load(original)["state_dict"]
+    convert_weights(tmp_path / "model.pt", tmp_path / "back.model", to="mic-dkfz")
+    given = load_checkpoint(original)["state_dict"]
     expected = {k: v for k, v in given.items() if heads or not k.startswith(("out_1", "out_2", "out_3", "out_4"))}
-    assert_same(load(tmp_path / "back.model")["state_dict"], expected)
+    assert_same(load_checkpoint(tmp_path / "back.model")["state_dict"], expected)
 
 
 def test_monai_s_goes_both_ways_and_monai_b_keeps_its_layout(tmp_path):
     for size in ("S", "B"):
         state = monai_mednext(size, 3, 1, 2, kernel_size=3, deep_supervision=True).state_dict()
         torch.save({"model": state}, tmp_path / f"monai_{size}.pt")
-        convert(tmp_path / f"monai_{size}.pt", tmp_path / f"{size}.pt")
-        convert(tmp_path / f"{size}.pt", tmp_path / f"back_{size}.pt", to="monai")
-        assert_same(load(tmp_path / f"back_{size}.pt"), state)
+        convert_weights(tmp_path / f"monai_{size}.pt", tmp_path / f"{size}.pt")
+        convert_weights(tmp_path / f"{size}.pt", tmp_path / f"back_{size}.pt", to="monai")
+        assert_same(load_checkpoint(tmp_path / f"back_{size}.pt"), state)
     assert json.loads((tmp_path / "B.json").read_text())["size"] == "monai-B"
     assert json.loads((tmp_path / "S.json").read_text())["size"] == "S"
 
 
 def test_a_network_without_a_row_in_the_table_is_converted_with_its_arguments_said(tmp_path, capsys):
     torch.save(create_mednext(1, 2, "S", n_channels=4, grn=True).state_dict(), tmp_path / "own.pt")
-    convert(tmp_path / "own.pt", tmp_path / "model.pt")
+    convert_weights(tmp_path / "own.pt", tmp_path / "model.pt")
     assert "MedNeXt(**{'in_channels': 1, 'n_channels': 4" in capsys.readouterr().out
     assert (tmp_path / "model.pt").exists()
     assert not (tmp_path / "model.json").exists()
@@ -98,7 +98,7 @@ def test_a_network_without_a_row_in_the_table_is_converted_with_its_arguments_sa
 )
 def test_what_was_not_asked_for_is_refused_and_nothing_written(asked, message, original, tmp_path):
     with pytest.raises(UserError, match=message):
-        convert(original, tmp_path / "model.pt", **asked)
+        convert_weights(original, tmp_path / "model.pt", **asked)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["final.model"]
 
 
@@ -106,34 +106,34 @@ def test_the_settings_beside_the_target_are_asked_for_and_kept(original, tmp_pat
     (tmp_path / "model.json").write_text(
         json.dumps({"kernel_size": 5, "spacing": [1.5, 1.5, 1.5], "labels": ["a"] * 4})
     )
-    convert(original, tmp_path / "model.pt")
+    convert_weights(original, tmp_path / "model.pt")
     kept = json.loads((tmp_path / "model.json").read_text())
     assert (kept["spacing"], kept["size"], kept["labels"]) == ([1.5, 1.5, 1.5], "S", ["a"] * 4)
     (tmp_path / "model.json").write_text(json.dumps({"out_channels": 3}))
     (tmp_path / "model.pt").unlink()
     with pytest.raises(UserError, match="out_channels 4 instead of 3"):
-        convert(original, tmp_path / "model.pt")
+        convert_weights(original, tmp_path / "model.pt")
 
 
 def test_only_settings_that_outlive_the_weights_are_kept_and_labels_must_match(original, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"spacing": [2, 2, 2], "epoch": 7, "dice": 0.9, "fold": 3}))
-    convert(original, tmp_path / "model.pt")
+    convert_weights(original, tmp_path / "model.pt")
     kept = json.loads((tmp_path / "model.json").read_text())
     assert kept["spacing"] == [2, 2, 2]
     assert not {"epoch", "dice", "fold"} & kept.keys()
     (tmp_path / "other.json").write_text(json.dumps({"labels": ["background", "liver"]}))
     with pytest.raises(UserError, match="4 classes for 2 labels"):
-        convert(original, tmp_path / "other.pt")
+        convert_weights(original, tmp_path / "other.pt")
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(UserError, match="other.json holds a list; expected settings"):
-        convert(original, tmp_path / "other.pt")
+        convert_weights(original, tmp_path / "other.pt")
 
 
 def test_what_cannot_be_a_target_is_refused(original, tmp_path):
     with pytest.raises(UserError, match="model.json is the name of a settings file"):
-        convert(original, tmp_path / "model.json")
+        convert_weights(original, tmp_path / "model.json")
     with pytest.raises(UserError, match=r"cannot be written \((File exists|Not a directory)\)"):
-        convert(original, original / "model.pt")
+        convert_weights(original, original / "model.pt")
 
 
 def test_an_even_kernel_is_no_mednext(tmp_path):
@@ -141,7 +141,7 @@ def test_an_even_kernel_is_no_mednext(tmp_path):
     even = {k: v[..., :2, :2, :2] if k.endswith("conv1.weight") else v for k, v in state.items()}
     torch.save(even, tmp_path / "even.pt")
     with pytest.raises(UserError, match="no MedNeXt that can be built: the encoder kernel size is 2"):
-        convert(tmp_path / "even.pt", tmp_path / "model.pt")
+        convert_weights(tmp_path / "even.pt", tmp_path / "model.pt")
 
 
 def test_a_mistyped_option_stops_before_anything_is_written(original, tmp_path):
@@ -153,7 +153,7 @@ def test_a_mistyped_option_stops_before_anything_is_written(original, tmp_path):
 def test_coarse_heads_that_are_not_there_cannot_be_asked_for(tmp_path):
     torch.save(create_mednext(1, 2, "S").state_dict(), tmp_path / "plain.pt")
     with pytest.raises(UserError, match="deep_supervision False instead of True"):
-        convert(tmp_path / "plain.pt", tmp_path / "model.pt", deep_supervision=True)
+        convert_weights(tmp_path / "plain.pt", tmp_path / "model.pt", deep_supervision=True)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_coarse_heads_that_are_not_there_cannot_be_asked_for(tmp_path):
 def test_what_the_other_side_cannot_build_is_not_written(made, to, message, tmp_path):
     torch.save(made().state_dict(), tmp_path / "source.pt")
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "source.pt", tmp_path / "target.pt", to=to)
+        convert_weights(tmp_path / "source.pt", tmp_path / "target.pt", to=to)
     assert not (tmp_path / "target.pt").exists()
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scripts.blocks import MedNeXtBlock
 from scripts.mednext import MedNeXt
 from scripts.utils.errors import UserError
-from scripts.weights import model_settings as settings
 from scripts.weights.checkpoints import to_mic_dkfz
+from scripts.weights.model_settings import write_model_settings
 from scripts.weights.upkern import Report, start_from, transfer, upkern_load_weights
 
 
@@ -127,14 +127,14 @@ def test_networks_wrapped_alike_and_networks_of_the_blocks_work_as_with_the_orig
 def test_a_resumed_run_does_not_start_anew_and_heads_need_a_file():
     target = net()
     start_from(target, "gone.pt", resume=True)
-    with pytest.raises(UserError, match="skip_heads is True without upkern_from"):
+    with pytest.raises(UserError, match="skip_heads is True without init_weights"):
         start_from(target, None, skip_heads=True)
 
 
 def test_weights_of_another_fold_are_warned_of(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
     torch.save(net().state_dict(), tmp_path / "model.pt")
-    settings.write(tmp_path / "model.pt", {"fold": 1})
+    write_model_settings(tmp_path / "model.pt", {"fold": 1})
     for fold, warnings in ((0, 1), (1, 0), (None, 0)):
         caplog.clear()
         start_from(net(), tmp_path / "model.pt", fold=fold)

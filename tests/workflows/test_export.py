@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from scripts.mednext import MedNeXt, create_mednext_v1
-from scripts.weights.checkpoints import save
+from scripts.weights.checkpoints import save_checkpoint
 
 SMALL = {"exp_r": 2, "kernel_size": 3, "block_counts": [1] * 9, "do_res": True, "do_res_up_down": True}
 
@@ -69,7 +69,7 @@ AXES = "{'input_names': ['image'], 'output_names': ['pred'], 'dynamic_axes': {'i
 def test_onnx_export_runs_on_any_size_with_stock_operators(tmp_path):
     torch.manual_seed(0)
     network = create_mednext_v1(1, 4, "S", deep_supervision=True)
-    save(network.state_dict(), tmp_path / "model.pt")
+    save_checkpoint(network.state_dict(), tmp_path / "model.pt")
     command = [sys.executable, "-m", "monai.bundle", "onnx_export", *ONNX, "--converter_kwargs", AXES]
     command += [
         "--ckpt_file",

@@ -29,7 +29,7 @@ def test_they_are_what_their_checksums_say_and_fit_into_git(shipped):
 
 
 def test_metadata_describe_them(shipped):
-    trained = settings.read(shipped / "model.pt")
+    trained = settings.read_model_settings(shipped / "model.pt")
     output = json.loads((ROOT / "configs/metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
     assert output["num_channels"] == trained["out_channels"] == 3
     assert list(output["channel_def"].values()) == trained["labels"]
@@ -54,7 +54,7 @@ print(type(net).__name__, all(torch.equal(net.state_dict()[k], v) for k, v in we
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="needs the real hippocampus scans")
 def test_they_segment_held_out_hippocampi_and_warn_of_nothing(shipped, tmp_path):
-    held_out = validation_cases(str(HIPPOCAMPUS), settings.read(shipped / "model.pt")["fold"])[:3]
+    held_out = validation_cases(str(HIPPOCAMPUS), settings.read_model_settings(shipped / "model.pt")["fold"])[:3]
     (tmp_path / "scans").mkdir()
     for case in held_out:
         shutil.copy(case["image"], tmp_path / "scans")
