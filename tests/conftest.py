@@ -1,11 +1,11 @@
-"""Shared by all tests: the real command line in a subprocess, the phantom, and scans on every kind of grid."""
+"""Shared by all tests: the commands of the bundle, the phantom, and scans on every kind of grid."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when it is imported, which the bundle may cause
 
+from command_line import ROOT, run_module, run_process
+
 from scripts.data.phantom import phantom
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 TRAIN = "configs/train.json"
 CACHE = tempfile.TemporaryDirectory(prefix="mednext-cache-")
@@ -31,12 +32,36 @@ def overlays(*names: str) -> tuple[str, str]:
     return "--config_file", str([f"configs/{name}.json" for name in names])
 
 
-def bundle(*args: object, cwd: Path = ROOT, fails: bool = False, launcher: tuple = ()) -> subprocess.CompletedProcess:
-    """`python -m monai.bundle run ARGS`; stdout and stderr as text. Prepared cases are shared by all tests."""
-    command = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, args)]
-    command += ["--cache_dir", CACHE.name] if "train.json" in str(args) else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+def pytest_collection_finish() -> None:
+    """Keep modules and tests out of the garbage collections to come: they stay to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+def bundle(
+    *args: object, cwd: Path = ROOT, fails: bool = False, process: bool = False, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    """Run `python -m monai.bundle run ARGS`, in a process of its own where that is the point.
+
+    Cached cases are shared by all tests.
+
+    Args:
+        args: what stands behind `run`.
+        cwd: directory to run in.
+        fails: whether the exit code must not be 0, instead of being 0.
+        process: start a process of its own.
+        launcher: what starts that process behind `python`, such as `-m torch.distributed.run`.
+    """
+    args += ("--cache_dir", CACHE.name) if "train.json" in str(args) else ()
+    return command("monai.bundle", "run", *args, cwd=cwd, fails=fails, process=process, launcher=launcher)
+
+
+def command(
+    module: str, *args: object, cwd: Path = ROOT, fails: bool = False, process: bool = False, launcher: tuple = ()
+) -> subprocess.CompletedProcess:
+    """Run `python -m module ARGS`; the options are those of `bundle`."""
+    started = {"launcher": launcher} if launcher else {}
+    done = (run_process if process or launcher else run_module)(module, *args, cwd=cwd, **started)
     assert (done.returncode != 0) == fails, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
