@@ -1,38 +1,12 @@
-"""What Ignite and MONAI engines need for this bundle: devices, precision, and inference that survives a bad scan."""
+"""Inference that goes on past a bad scan: MONAI's data set and evaluator, in which a failure is a sentence."""
 
 from __future__ import annotations
 
-import logging
-import os
-
-import torch
-import torch.distributed as dist
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from ..data.datasets import image_files
 from ..utils.errors import UserError, first_cause
-
-logger = logging.getLogger("mednext")
-
-
-def amp_kwargs(device: str | torch.device) -> dict:
-    """Arguments for autocast: bfloat16 where the GPU computes it natively, else float16 (with MONAI's GradScaler)."""
-    if torch.device(device).type != "cuda":
-        return {}
-    return {"dtype": torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16}
-
-
-def start_distributed() -> None:
-    """Joins the process group that torchrun describes: nccl on GPUs, gloo on CPUs."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())
-
-
-def local_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class ScanDataset(Dataset):
@@ -67,7 +41,7 @@ class ScanEvaluator(SupervisedEvaluator):
             return {}
 
     def raise_failures(self) -> None:
-        """Lists the scans that failed, if any.
+        """Raise one error that lists the scans that failed, if any did.
 
         Raises:
             UserError: at least one scan failed.
@@ -80,7 +54,7 @@ class ScanEvaluator(SupervisedEvaluator):
 
 
 def _reason(case: dict, error: BaseException) -> str:
-    """One sentence that names the scan's file and the first cause of `error`."""
+    """Say in one sentence which file failed, and by which first cause."""
     cause = first_cause(error)
     if isinstance(cause, UserError):
         return str(cause)

@@ -1,4 +1,4 @@
-"""The computer that a process runs on: its cores, and what torch is told before it computes on them."""
+"""The computer that a process runs on: its cores, its devices, and what torch is told before it computes on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 
@@ -52,3 +53,25 @@ def settle(device: str | torch.device) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def amp_kwargs(device: str | torch.device) -> dict[str, torch.dtype]:
+    """Choose the arguments of autocast: bfloat16 where the GPU computes it natively, else float16; none for a CPU.
+
+    Training in float16 needs a gradient scaler, which MONAI's trainer has.
+    """
+    if torch.device(device).type != "cuda":
+        return {}
+    return {"dtype": torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16}
+
+
+def start_distributed() -> None:
+    """Join the process group that torchrun describes: nccl on GPUs, gloo on CPUs."""
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+
+
+def local_device() -> torch.device:
+    """Return this process's GPU, by torchrun's LOCAL_RANK, or the CPU where there is none."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
