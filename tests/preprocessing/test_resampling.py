@@ -11,14 +11,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImage, Orientation, ResampleToMatch, Spacing
 
 from scripts.data.datasets import case_name
-from scripts.preprocessing.resampling import (
-    CheckScand,
-    GridSpacingd,
-    LabelOnImageGridd,
-    LabelsOnScanGridd,
-    LabelValuesd,
-    labels_on_grid,
-)
+from scripts.inference.export import LabelValuesd
+from scripts.preprocessing.resampling import GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd, labels_on_grid
+from scripts.preprocessing.scan_check import CheckScand
 from scripts.utils.errors import UserError
 
 RADIUS = 13.0  # mm
@@ -100,9 +95,9 @@ def test_same_grid_is_plain_argmax():
 
 def test_regions_over_one_half_are_painted_over_one_another_in_their_order():
     probabilities = torch.tensor([[0.9, 0.9, 0.2, 0.51, 0.5], [0.1, 0.8, 0.7, 0.1, 0.5]]).view(2, 5, 1, 1)
-    found = labels_on_grid(probabilities, torch.eye(4), torch.eye(4), (5, 1, 1), painted=[3, 1])
+    found = labels_on_grid(probabilities, torch.eye(4), torch.eye(4), (5, 1, 1), region_order=[3, 1])
     assert found[:, 0, 0].tolist() == [3, 1, 1, 3, 0]
-    swapped = labels_on_grid(probabilities.flip(0), torch.eye(4), torch.eye(4), (5, 1, 1), painted=[1, 3])
+    swapped = labels_on_grid(probabilities.flip(0), torch.eye(4), torch.eye(4), (5, 1, 1), region_order=[1, 3])
     assert swapped[:, 0, 0].tolist() == [3, 3, 1, 3, 0]
 
 
