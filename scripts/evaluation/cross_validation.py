@@ -1,4 +1,4 @@
-"""All folds in one command, and one table of cases that no network had seen."""
+"""Cross-validation: all folds in one command, and one table of cases that no network had seen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
 
@@ -19,7 +20,7 @@ from ..utils.errors import UserError
 from ..weights import model_settings as settings
 from ..weights.checkpoints import load_checkpoint
 from ..weights.model_settings import BUNDLE_ROOT
-from .metrics import with_nan, write_tables
+from .tables import with_nan, write_tables
 
 TRAIN = "configs/train.json"
 
@@ -32,21 +33,21 @@ def cross_validate(
     folds: int | Sequence[int] | None = None,
     **values,
 ) -> None:
-    """Trains and scores folds one after the other, each in a process of its own; what is done already is left as it is.
+    """Train and score folds one after the other, each in a process of its own; what is done already is left as it is.
 
     Fold 0 has its weights in `ckpt_dir/fold_0` and its scores in `output_dir/fold_0`, and so on. When all folds are
-    there their scores are pooled in `output_dir`, and the post-processing is decided and laid beside the weights of
-    each, see `pool` and postprocess.py. The last weights of a training are scored, not those that its cases chose.
+    there their scores are pooled in `output_dir`, see `pool_folds`, and the post-processing is decided and laid beside
+    the weights of each. The last weights of a training are scored, not those that its cases chose.
 
     Args:
         dataset_dir: a Decathlon or nnU-Net v2 folder.
         config_file: the training config and its overlays.
-        ckpt_dir: for the weights.
-        output_dir: for the scores.
+        ckpt_dir: folder for the weights.
+        output_dir: folder for the scores.
         folds: which to run here, for example `--folds 2` or `--folds "[0,1]"`; all by default. Several machines may
             each run some; the last one pools.
-        values: any name of the control panel with its value; `{fold}` in it becomes the number of the fold, for
-            example `--upkern_from "k3/fold_{fold}/model.pt"`, so that no network starts from one that saw its cases.
+        values: any setting of the config with its value; `{fold}` in it becomes the number of the fold, for
+            example `--init_weights "k3/fold_{fold}/model.pt"`, so that no network starts from one that saw its cases.
 
     Raises:
         UserError: folds that share held-out cases or leave cases out, a fold that is not there, earlier weights of
@@ -61,21 +62,13 @@ def cross_validate(
     wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
     if unknown := [fold for fold in wanted if fold not in existing]:
         raise UserError(f"{dataset_dir} has no fold {unknown[0]}; expected 0 to {existing[-1]}.")
-    panel = {**ConfigParser.load_config_files(files), **values}
-    memory = {"check_cases#memory": f"{output_dir}/checked.json"}  # every fold checks the same files
+    config = {**ConfigParser.load_config_files(files), **values}
+    fingerprints = f"{output_dir}/fingerprint.json"  # one for all folds: they read the same files
     for fold in wanted:
         weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
         own = {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in values.items()}
-        common = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores, **memory, **own}
-        trained = _epochs_done(weights)
-        _check_same(weights, panel)
-        if trained < panel["epochs"]:
-            print(f"fold {fold}: training", flush=True)
-            resume = {"resume": True} if trained else {}
-            _run("training", files, {"keep": "last", **common, "fold": fold, **resume})
-        if not _newer(f"{scores}/summary.json", f"{weights}/model.pt"):
-            print(f"fold {fold}: scoring", flush=True)
-            _run("evaluating", [*files, _found("configs/evaluate.json")], common)
+        folders = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores}
+        _run_fold(fold, files, config, {**folders, "fingerprint_file": fingerprints, **own})
     missing = [fold for fold in existing if not Path(output_dir, f"fold_{fold}", "summary.json").is_file()]
     if missing:
         print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
@@ -86,8 +79,22 @@ def cross_validate(
         shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
 
 
+def _run_fold(fold: int, files: Sequence[str], config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Train and score a fold, as far as that is still to be done."""
+    weights, scores = values["ckpt_dir"], values["output_dir"]
+    trained = _epochs_done(weights)
+    _check_same(weights, config)
+    if trained < config["epochs"]:
+        print(f"fold {fold}: training", flush=True)
+        resume = {"resume": True} if trained else {}
+        _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, **resume})
+    if not _newer(f"{scores}/summary.json", f"{weights}/model.pt"):
+        print(f"fold {fold}: scoring", flush=True)
+        _run("evaluating", [*files, _found("configs/evaluate.json")], values)
+
+
 def checked_folds(dataset_dir: str) -> list[dict[str, list[str]]]:
-    """The folds of a data set, each of whose cases is held out once.
+    """Read the folds of a data set, each of whose cases is held out once.
 
     Raises:
         UserError: a case is held out by two folds, or by none.
@@ -107,11 +114,10 @@ def _epochs_done(weights: str) -> int:
     return load_checkpoint(checkpoint)["epoch"] if checkpoint.is_file() else 0
 
 
-def _check_same(weights: str, panel: Mapping[str, object]) -> None:
-    """Raises UserError if the weights of an earlier run have other settings than the control panel, as far as it is
-    written out."""
+def _check_same(weights: str, config: Mapping[str, Any]) -> None:
+    """Check that the weights of an earlier run have the settings of the config, as far as it spells them out."""
     for name, value in settings.read_model_settings(f"{weights}/model.pt").items():
-        wanted = panel.get(name, value)
+        wanted = config.get(name, value)
         derived = isinstance(wanted, Mapping) or (isinstance(wanted, str) and wanted.startswith(("$", "@")))
         if name != "fold" and not derived and wanted != value:
             raise UserError(
@@ -125,12 +131,12 @@ def _newer(one: str, other: str) -> bool:
 
 
 def _found(path: str) -> str:
-    """A config's path from here, or else from the bundle."""
+    """Find a config from here, or else in the bundle."""
     return path if Path(path).is_file() else str(Path(BUNDLE_ROOT, path))
 
 
 def _run(name: str, files: Sequence[str], values: Mapping[str, object]) -> None:
-    """`python -m monai.bundle run NAME` with the bundle on its path."""
+    """Run `python -m monai.bundle run NAME` with the bundle on its path."""
     arguments = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     started = [sys.executable, "-m", "monai.bundle", "run", name, "--config_file", str(list(files)), *arguments]
     path = os.pathsep.join([BUNDLE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -140,19 +146,20 @@ def _run(name: str, files: Sequence[str], values: Mapping[str, object]) -> None:
         )
 
 
-def pool(output_dir: str, classes: Sequence[str], tolerance: float) -> None:
-    """One table of all folds' scores, and one folder of their masks.
+def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> None:
+    """Pool the scores of all folds in one table, and their masks in one folder.
 
     Args:
         output_dir: with `fold_0`, `fold_1`, .. as scoring left them; for `cases.csv`, `summary.csv`, `summary.json` and
             `predictions/`.
         classes: names of the classes that were scored.
-        tolerance: of the surface Dice in mm.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
 
     Raises:
         UserError: two folds scored one case, which those of another split may have left.
     """
-    rows, scored_by = [], {}
+    rows: list[dict[str, Any]] = []
+    scored_by: dict[str, Path] = {}
     for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
         for row in json.loads((folder / "summary.json").read_text())["cases"]:
             first = scored_by.setdefault(row["case"], folder)

@@ -1,4 +1,4 @@
-"""The scores of an evaluation as one page for a person: tables, box plots, pictures, and what made them."""
+"""The report of an evaluation, one page for a person: tables, box plots, pictures, and what made them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import cast
 
 import ignite
 import matplotlib
@@ -44,7 +45,7 @@ READING = (
 )
 
 
-def write(
+def write_report(
     output_dir: str,
     items: Sequence[dict],
     classes: Mapping[str, Sequence[int]],
@@ -56,21 +57,21 @@ def write(
     device: str | torch.device,
     settings: Mapping[str, object],
 ) -> None:
-    """Writes `report.html` beside the tables of scores.py; the page needs no other file and no network.
+    """Write `report.html` beside the tables of scores; the page needs no other file and no network.
 
     Only the first process writes.
 
     Args:
         output_dir: folder with `cases.csv` and `summary.csv`, and `predictions/` if `save_predictions`.
         items: the cases, with "case", "image" and "label".
-        classes: of each, the labels that belong to it, see labels.py.
+        classes: name of each class and the labels that belong to it, see `data.labels`.
         label_values: values of the labels in the files, background first, without the one to ignore.
-        tolerance: of the surface Dice in mm.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
         save_predictions: whether there are masks to show.
         dataset_dir: where the cases are from.
         weights: the file that was scored; the settings beside it are shown, too.
-        device: what it ran on.
-        settings: what it ran with, by name; counts more than what lies beside the weights.
+        device: device it ran on.
+        settings: settings it ran with, by name; they count more than those beside the weights.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         return
@@ -103,7 +104,7 @@ def _table(path: Path) -> list[dict[str, str]]:
 
 
 def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:
-    """Of each case, over the classes that have one; lowest first, nan last."""
+    """Average the Dice of each case over the classes that have one; lowest first, nan last."""
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(row["case"], []).append(float(row["dice"]))
@@ -118,9 +119,6 @@ def _number(row: Mapping[str, str], metric: str) -> str:
 
 def _text(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if math.isfinite(value) else "—" if math.isnan(value) else "∞"
-
-
-# ---- tables
 
 
 def _row(name: object, cells: Iterable[object]) -> str:
@@ -143,7 +141,7 @@ def _spread(row: Mapping[str, str], metric: str) -> str:
 
 
 def _cases(rows: Iterable[dict], means: Mapping[str, float], classes: Iterable[str]) -> str:
-    """Head and body of the table of all cases; headings with `aria-sort` come in the order of their columns."""
+    """Lay out the table of all cases; headings with `aria-sort` come in the order of their columns."""
     scores = {(row["case"], row["label"]): row for row in rows}
     lines = [
         "<thead><tr>",
@@ -164,7 +162,7 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
     metadata = json.loads(Path(model_settings.BUNDLE_ROOT, "configs", "metadata.json").read_text())
     device = torch.device(device)
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    groups = {
+    groups: dict[str, dict[str, object]] = {
         "Scored": {
             "on": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
             "in": os.getcwd(),
@@ -196,9 +194,6 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
     return "\n".join(lines)
 
 
-# ---- pictures
-
-
 def _embedded(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
@@ -208,7 +203,7 @@ def _colour(members: Sequence[int]) -> np.ndarray:
 
 
 def _box_plots(rows: Sequence[dict], classes: Mapping[str, Sequence[int]]) -> str:
-    """One panel a metric, one box and one dot a case for each class."""
+    """Draw one panel a metric, with one box and one dot a case for each class."""
     random = np.random.default_rng(0)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a class may be named $$1$$
         figure = Figure(figsize=(11, 1.1 + 0.45 * len(classes)), layout="constrained")
@@ -241,7 +236,7 @@ def _box_plots(rows: Sequence[dict], classes: Mapping[str, Sequence[int]]) -> st
 
 
 def _legend(classes: Mapping[str, Sequence[int]]) -> str:
-    """Of each class, the colours of the labels that belong to it."""
+    """List the classes with the colours of the labels that belong to them."""
     entries = []
     for name, members in classes.items():
         patches = "".join(f'<i style="background:rgb{tuple(map(int, _colour([m])))}"></i>' for m in members)
@@ -250,7 +245,7 @@ def _legend(classes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _notable(means: Mapping[str, float]) -> dict[str, str]:
-    """Case -> "Best", "Median", "Worst", or all that it is where there are fewer than three."""
+    """Name the best, the median and the worst case: "Best", "Median, worst", .. by case."""
     ranked = [case for case, mean in means.items() if math.isfinite(mean)]
     roles: dict[str, list[str]] = {}
     if ranked:
@@ -260,15 +255,15 @@ def _notable(means: Mapping[str, float]) -> dict[str, str]:
 
 
 def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dice: float) -> str:
-    """The slice with most labelled voxels, seen as a radiologist does; files are read one case at a time."""
+    """Show the slice with most labelled voxels as a radiologist sees it; files are read one case at a time."""
     (scan, spacing), (label, _), (prediction, _) = map(_turned, (image_files(case)[0], case["label"], mask))
     axis, index = fullest_slice(label, prediction, spacing)
     count = scan.shape[axis]
     scan, label, prediction = (np.take(volume, [index], axis=axis) for volume in (scan, label, prediction))
     # a voxel to ignore, whose value is beyond the last, becomes background
-    labels = (np.searchsorted(label_values, v.round()) % len(label_values) for v in (label, prediction))
+    label, prediction = (np.searchsorted(label_values, v.round()) % len(label_values) for v in (label, prediction))
     buffer = io.BytesIO()
-    imsave(buffer, overlay(scan, *labels, spacing, height=320), format="png")
+    imsave(buffer, overlay(scan, label, prediction, spacing, height=320), format="png")
     slice_name = f"{PLANES[axis]} slice {index + 1} of {count}"
     return (
         f'<figure class="case"><img src="{_embedded(buffer.getvalue())}" alt="Scan, reference and prediction of'
@@ -278,8 +273,8 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
 
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
-    """A file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
-    image = nib.load(path)
+    """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
+    image = cast(nib.Nifti1Image, nib.load(path))
     voxels = np.asanyarray(image.dataobj, dtype=np.float32)
     voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
     turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(VIEW))

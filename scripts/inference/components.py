@@ -1,4 +1,4 @@
-"""Largest connected components of a label map, by its runs of equal voxels: a CT of 1000 slices in a second."""
+"""The largest connected components of a label map, by its runs of equal voxels: a CT of 1000 slices in a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 
 def keep_largest(labels: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarray:
-    """Turns into background (0) what lies outside the largest component of each step's labels, step after step.
+    """Turn into background (0) what lies outside the largest component of each step's labels, step after step.
 
     Voxels that share a face are connected; where several components are the largest, all of them stay (nnU-Net's rule).
     Runs are few where voxels are many: 15 labels of a CT take less time and memory than labelling its voxels once, see
@@ -18,7 +18,7 @@ def keep_largest(labels: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarr
 
     Args:
         labels: (X, Y, Z) integers; not changed.
-        steps: of each, the labels that count as one object.
+        steps: labels that count as one object in each step.
 
     Returns:
         (X, Y, Z) of the same type.
@@ -36,7 +36,7 @@ def keep_largest(labels: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarr
 
 
 def _runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stretches of equal voxels along the last axis, in order: first flat index, length in voxels, label."""
+    """List stretches of equal voxels along the last axis, in order: first flat index, length in voxels, label."""
     voxels = labels.ravel()
     first = np.empty(len(voxels), bool)
     np.not_equal(voxels[1:], voxels[:-1], out=first[1:])
@@ -46,7 +46,7 @@ def _runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _touching(starts: np.ndarray, lengths: np.ndarray, values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """(2, pairs): which runs of foreground share a face, by their places in the order of runs."""
+    """Pair the runs of foreground that share a face: (2, pairs), by their places in the order of runs."""
     runs = np.flatnonzero(values)
     starts, ends = starts[runs], (starts + lengths)[runs]
     _, rows, columns = shape

@@ -1,16 +1,12 @@
-"""Inference that goes on past a bad scan."""
+"""Inference that goes on past a bad scan: MONAI's data set and evaluator, in which a failure is a sentence."""
 
 from __future__ import annotations
-
-import logging
 
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from ..data.datasets import image_files
 from ..utils.errors import UserError, first_cause
-
-logger = logging.getLogger("mednext")
 
 
 class ScanDataset(Dataset):
@@ -45,7 +41,7 @@ class ScanEvaluator(SupervisedEvaluator):
             return {}
 
     def raise_failures(self) -> None:
-        """Lists the scans that failed, if any.
+        """Raise one error that lists the scans that failed, if any did.
 
         Raises:
             UserError: at least one scan failed.
@@ -58,7 +54,7 @@ class ScanEvaluator(SupervisedEvaluator):
 
 
 def _reason(case: dict, error: BaseException) -> str:
-    """One sentence that names the scan's file and the first cause of `error`."""
+    """Say in one sentence which file failed, and by which first cause."""
     cause = first_cause(error)
     if isinstance(cause, UserError):
         return str(cause)

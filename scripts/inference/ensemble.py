@@ -1,4 +1,4 @@
-"""Several networks as one, the mean of their probabilities."""
+"""The ensemble: several networks as one, whose probabilities are the mean of theirs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ensemble(nn.Module):
 
     Args:
         members: map images to logits (N, classes, *space).
-        activation: what turns logits into probabilities: "softmax" or, for regions, "sigmoid".
+        activation: function that turns logits into probabilities: "softmax" or, for regions, "sigmoid".
     """
 
     def __init__(self, members: Sequence[nn.Module], activation: str) -> None:
@@ -54,17 +54,20 @@ class Ensemble(nn.Module):
 
 
 def first(files: str | Sequence[str]) -> str | None:
-    """The first weights file of the control panel's `ensemble`, or None where it is empty."""
+    """Return the first weights file of the setting `ensemble`, or None where it is empty."""
     return next(iter(expand(files)), None)
 
 
 def expand(files: str | Sequence[str]) -> list[str]:
-    """Paths and patterns such as `models/fold_*/model.pt`, one or a list of them -> files, each once.
+    """List the weights files that the setting `ensemble` names, each once.
+
+    Args:
+        files: a path, a pattern such as `models/fold_*/model.pt`, or a list of them.
 
     Raises:
         UserError: a pattern that no file has.
     """
-    found = {}
+    found: dict[Path, str] = {}
     for pattern in [files] if isinstance(files, str) else files:
         matches = [pattern] if Path(pattern).is_file() else sorted(glob(pattern))
         if not matches:
@@ -74,8 +77,14 @@ def expand(files: str | Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def join(network: nn.Module, weights: str, ensemble: str | Sequence[str], activation: str, fold=None) -> nn.Module:
-    """`network`, or where `ensemble` names further weights an Ensemble of it and theirs, on its device.
+def join(
+    network: nn.Module,
+    weights: str,
+    ensemble: str | Sequence[str],
+    activation: str,
+    fold: int | str | None = None,
+) -> nn.Module:
+    """Join `network` and those of further weights to an Ensemble, on its device; without further weights return it.
 
     A member of the same shapes is built like `network`; the size and kernel of another are read off its weights.
 
@@ -84,7 +93,7 @@ def join(network: nn.Module, weights: str, ensemble: str | Sequence[str], activa
         weights: its file, which may be among those of `ensemble`.
         ensemble: see `expand`.
         activation: as in Ensemble.
-        fold: of the held-out cases that are scored, which no member may have been trained on; None or "all" where
+        fold: fold of the cases that are scored, which no member may have been trained on; None or "all" where
             other cases are segmented.
 
     Raises:
@@ -101,8 +110,12 @@ def join(network: nn.Module, weights: str, ensemble: str | Sequence[str], activa
 
 
 def check_alike(file: str, weights: str) -> None:
-    """Raises UserError unless the settings beside two weights files agree in all of GRID that both name."""
-    one, other = settings.read_model_settings(file), settings.read_model_settings(weights)
+    """Check that the settings beside two weights files agree in all of GRID that both name.
+
+    Raises:
+        UserError: they do not.
+    """
+    one, other = settings.read_model_settings(file), settings.read(weights)
     for name in GRID:
         if name in one and name in other and one[name] != other[name]:
             raise UserError(
@@ -112,7 +125,11 @@ def check_alike(file: str, weights: str) -> None:
 
 
 def check_fold(file: str, fold: int | str | None) -> None:
-    """Raises UserError where the settings beside a weights file name another fold than the one that is scored."""
+    """Check that the settings beside a weights file do not name another fold than the one that is scored.
+
+    Raises:
+        UserError: they do.
+    """
     own = settings.read_model_settings(file).get("fold", fold)
     if fold not in (None, "all") and own != fold:
         raise UserError(
@@ -122,7 +139,7 @@ def check_fold(file: str, fold: int | str | None) -> None:
 
 
 def member(file: str, network: nn.Module) -> nn.Module:
-    """The network that a weights file belongs to, with its weights, on the device of `network`.
+    """Build the network that a weights file belongs to, with its weights, on the device of `network`.
 
     Raises:
         UserError: the file holds no weights, or those of a network with other channels or classes.
@@ -134,8 +151,10 @@ def member(file: str, network: nn.Module) -> nn.Module:
     state = checkpoints.load_checkpoint(file)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     own, wanted = (Architecture.of(shapes(found)) for found in (tensors, network.state_dict()))
-    same_task = own and wanted and own.layouts and ends(own) == ends(wanted)
-    built = MedNeXt(**own.arguments()) if same_task and own != wanted else copy.deepcopy(network)
+    if own and wanted and own != wanted and own.layouts and ends(own) == ends(wanted):  # another size, the same task
+        built: nn.Module = MedNeXt(**own.arguments())
+    else:
+        built = copy.deepcopy(network)
     checkpoints.check_weights(file, built)
     built.load_state_dict(state)
     return built.to(next(network.parameters()).device)

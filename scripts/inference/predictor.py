@@ -1,4 +1,4 @@
-"""The bundle's inference from Python: an array or a file in, labels on its own grid out, nothing on the disk.
+"""Inference from Python: an array or a file in, labels on its own grid out, nothing on the disk.
 
 Everything is taken from `configs/inference.json`, so the voxels are those that the command writes.
 """
@@ -21,7 +21,9 @@ from ..utils.errors import UserError, first_cause
 from ..weights import checkpoints
 from ..weights.model_settings import BUNDLE_ROOT
 from .engines import ScanDataset
-from .out_of_distribution import UNLIKE, warn
+from .out_of_distribution import UNLIKE, warn_if_unlike
+
+Image = nib.spatialimages.SpatialImage | np.ndarray
 
 
 class Predictor:
@@ -48,12 +50,12 @@ class Predictor:
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device | None = None, **settings) -> Predictor:
-        """From weights with their settings beside them.
+        """Load weights with the settings beside them.
 
         Args:
             weights: `models/model.pt` of the bundle by default.
             device: the first GPU by default, else the CPU.
-            settings: values for names of the control panel of `configs/inference.json`, for example `overlap=0.75`.
+            settings: values for names of `configs/inference.json`, for example `overlap=0.75`.
 
         Raises:
             UserError: the weights are missing or another network's, or a name is not in the config.
@@ -70,30 +72,28 @@ class Predictor:
             config[name] = value
         return cls(config)
 
-    def __call__(
-        self, image: str | Path | nib.spatialimages.SpatialImage | np.ndarray, affine: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Labels (X, Y, Z) on the image's own grid, uint8 or int16, with the values of the data set's files.
+    def __call__(self, image: str | Path | Image, affine: np.ndarray | None = None) -> np.ndarray:
+        """Segment an image: labels (X, Y, Z) on its own grid, uint8 or int16, with the values of the data set's files.
 
         What about the scan is unlike the training cases is a warning of the logger "mednext".
 
         Args:
             image: a NIfTI file (of a case with a file a channel, any of them), a nibabel image, or an array (X, Y, Z)
                 or (channels, X, Y, Z).
-            affine: of an array, 4 x 4, voxel -> world (mm, x to the right, y to the front, z up).
+            affine: affine of an array, 4 x 4, voxel -> world (mm, x to the right, y to the front, z up).
 
         Raises:
             UserError: what the command would say of a file; an array without an affine.
         """
         with _unwrapped(), torch.inference_mode():
-            case = self._prepared(image, affine)
+            case = self._preprocessed(image, affine)
             with torch.autocast(self.device.type, enabled=self.amp, **self.amp_kwargs):
                 scores = self.inferer(case["image"][None].to(self.device), self.network)[0]
             mask = self.to_memory({**case, "pred": scores})["pred"]
-            warn(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])
+            warn_if_unlike(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])
             return mask[0].numpy()
 
-    def _prepared(self, image: object, affine: np.ndarray | None) -> dict:
+    def _preprocessed(self, image: str | Path | Image, affine: np.ndarray | None) -> dict:
         if not isinstance(image, str | Path):
             return self.from_memory({"image": in_memory(image, affine)})
         cases = scans(str(image), self.channels)
@@ -105,12 +105,15 @@ class Predictor:
         return case
 
 
-def in_memory(image: nib.spatialimages.SpatialImage | np.ndarray, affine: np.ndarray | None = None) -> MetaTensor:
-    """What MONAI's LoadImage makes of a file: (channels, X, Y, Z) float32 with affine and shape of the stored grid.
+def in_memory(image: Image, affine: np.ndarray | None = None) -> MetaTensor:
+    """Make of an image what MONAI's LoadImage makes of a file.
 
     Args:
         image: a nibabel image, channels last if any, or an array, channels first if any.
-        affine: of an array, 4 x 4.
+        affine: affine of an array, 4 x 4.
+
+    Returns:
+        (channels, X, Y, Z) float32, with affine and shape of the native grid.
 
     Raises:
         UserError: an array whose affine is missing or spans no volume.
@@ -120,20 +123,21 @@ def in_memory(image: nib.spatialimages.SpatialImage | np.ndarray, affine: np.nda
         voxels = np.moveaxis(voxels, -1, 0) if voxels.ndim > 3 else voxels
     else:
         voxels = np.asarray(image)
-    found = np.full((4, 4), np.nan) if np.shape(affine) != (4, 4) else np.array(affine, dtype=np.float64)
+    given = np.empty(0) if affine is None else np.asarray(affine)
+    found = np.full((4, 4), np.nan) if given.shape != (4, 4) else given.astype(np.float64)
     if not (np.isfinite(found).all() and np.linalg.det(found[:3, :3])):
         raise UserError(
             f"the affine of an image of the shape {voxels.shape} is {affine}; expected 4 x 4 numbers that span a"
             " volume: give that of its file, or numpy.diag([sx, sy, sz, 1]) for voxels of sx x sy x sz mm."
         )
-    voxels = torch.from_numpy(np.array(voxels if voxels.ndim > 3 else voxels[None], dtype=np.float32))
-    meta = {"original_affine": found, "spatial_shape": np.array(voxels.shape[1:]), "space": "RAS"}
-    return MetaTensor(voxels, affine=torch.from_numpy(found), meta=meta)
+    tensor = torch.from_numpy(np.array(voxels if voxels.ndim > 3 else voxels[None], dtype=np.float32))
+    meta = {"original_affine": found, "spatial_shape": np.array(tensor.shape[1:]), "space": "RAS"}
+    return MetaTensor(tensor, affine=torch.from_numpy(found), meta=meta)
 
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """MONAI wraps what an expression or a transform raises; here it comes out as it was raised."""
+    """Let what an expression or a transform raises come out as it was raised, without what MONAI wraps it in."""
     try:
         yield
     except RuntimeError as e:

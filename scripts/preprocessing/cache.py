@@ -1,4 +1,4 @@
-"""Deterministic transforms once: their results on disk, known by content and parameters, read crop by crop.
+"""The cache: results of deterministic transforms on disk, known by content and parameters, read crop by crop.
 
     folder/digests.json                     sha256 of the data set's files, with the size and time they had
     folder/<transforms>/parameters.json     one folder for each list of transforms, which this file spells out
@@ -14,12 +14,13 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -41,20 +42,21 @@ from .cache_key import description, digest, file_digest, versions
 PEAK_BYTES, CHANNEL_BYTES = 40, 8
 
 
-class PreparedDataset(Dataset):
-    """MONAI's Dataset whose deterministic transforms ran once; only what `transform` reads of their results is in RAM.
+class CachedDataset(Dataset):
+    """MONAI's Dataset whose deterministic transforms run once; only what `transform` reads of their results is in RAM.
 
-    `dataset[i]` is case `i`, prepared and then transformed; `dataset[i, foreground]` is the same with the bool
+    `dataset[i]` is case `i`, cached and then transformed; `dataset[i, foreground]` is the same with the bool
     `foreground` in the dictionary, for a sampler that decides which patches lie on a foreground voxel.
 
     Args:
-        data: cases, see data.py. What counts of a file is its content, not its name.
+        data: cases, see `data.datasets`. What counts of a file is its content, not its name.
         stages: lists of deterministic transforms, one after the other. Each stage's result is stored by itself and
             depends on nothing but the keys of its transforms and of those before, so that one for the image alone
             outlives a new label. A transform without keys reads all of them.
         folder: where the results lie; shared by everything that trains on the same scans.
-        spacing: of the grid that the stages resample to, in mm: how many cases fit into RAM at once depends on it.
-        transform: what follows and is not stored.
+        spacing: voxel edges in mm of the grid that the stages resample to; how many cases fit into RAM at once depends
+            on it.
+        transform: random and other transforms that follow and are not stored.
     """
 
     def __init__(
@@ -70,19 +72,19 @@ class PreparedDataset(Dataset):
         self.entries: list[list[_Entry]] = []  # of each case, one a stage; none before `prepare`
 
     def prepare(self) -> None:
-        """Makes what is missing, in as many threads as cores and RAM allow; what is there already costs a look.
+        """Make what is missing, in as many threads as cores and RAM allow; what is there already costs a look.
 
-        Before a loader with workers reads the data set; without workers the first read does it. Several processes may
-        do it at once: none waits for another, and each takes the cases in an order of its own, so that they share them.
+        A loader with workers needs it done before; without workers the first read does it. Several processes may do it
+        at once: none waits for another, and each takes the cases in an order of its own, so that they share them.
 
         Raises:
             UserError: a case that cannot be prepared, or a folder that cannot be written to.
         """
         for stage in self.stages:
             if not (path := stage.folder / "parameters.json").is_file():
-                _write(path, lambda partial, stage=stage: partial.write_text(json.dumps(stage.parameters, indent=1)))
-        memory = self.folder / "digests.json"
-        before = remembered(memory)
+                _write_text(path, json.dumps(stage.parameters, indent=1))
+        digests = self.folder / "digests.json"
+        before = remembered(digests)
         known = dict(before)
         order = list(range(len(self.data)))
         random.Random(os.getpid()).shuffle(order)
@@ -101,54 +103,54 @@ class PreparedDataset(Dataset):
         finally:
             torch.set_num_threads(torch_threads)
             if known != before:
-                _write(memory, lambda partial: partial.write_text(json.dumps(remembered(memory) | known)))
+                _write_text(digests, json.dumps(remembered(digests) | known))
         self.entries = [by_case[index] for index in range(len(self.data))]
 
     def _prepare_case(self, case: dict, known: dict) -> list[_Entry]:
-        """The entries of a case, one a stage; those that are missing or damaged are made."""
-        entries, results = [], {}
+        """Find the entries of a case, one a stage, and make those that are missing or damaged."""
+        entries: list[_Entry] = []
+        results: dict[str, object] = {}
         for stage in self.stages:
             inputs = stage.inputs(case)
             entry = _Entry(stage.folder / f"{digest(_content(inputs, known))[:16]}.pt", _files(inputs))
-            found = entry.read()
-            if found is None:
+            if (found := entry.read()) is None:
                 entry.write(_outcome(stage, inputs | results, entry.files))
-                found = entry.read()
+                found = entry.read_existing()
             results |= found
             entries.append(entry)
         return entries
 
-    def prepared(self, index: int) -> dict:
-        """Case `index` after all stages; its tensors are mapped from disk and become real where they are read."""
+    def cached(self, index: int) -> dict:
+        """Return case `index` after all stages; its tensors are mapped from disk and become real where they are read.
+
+        Raises:
+            UserError: an entry that was there has gone or is damaged.
+        """
         if not self.entries and get_worker_info() is not None:
-            raise RuntimeError("a loader's worker found nothing prepared: call prepare() before the loader starts.")
+            raise RuntimeError("a loader's worker found nothing cached: call prepare() before the loader starts.")
         if not self.entries:
             self.prepare()
         result = dict(self.data[index])
         for entry in self.entries[index]:
-            found = entry.read()
-            if found is None:
-                raise UserError(f"{entry.path} was there and is missing or damaged now; start again: it is made anew.")
-            result |= found
+            result |= entry.read_existing()
         return result
 
     def _transform(self, index: int) -> dict:
-        return self.transform(self.prepared(index))
+        return self.transform(self.cached(index))
 
     def __getitem__(self, index: int | slice | Sequence[int] | tuple[int, bool]) -> dict | torch.utils.data.Subset:
         if isinstance(index, tuple):
             case, foreground = index
-            return self.transform(self.prepared(case) | {"foreground": foreground})
+            return self.transform(self.cached(case) | {"foreground": foreground})
         return super().__getitem__(index)
-
-
-# ---- stages: what is kept apart, and what it depends on
 
 
 @dataclass
 class _Stage:
+    """A list of transforms whose results are kept apart, and what they depend on."""
+
     transform: Compose
-    keys: set[str] | None  # of the cases that this stage and those before it read; None: all
+    keys: set[Hashable] | None  # of the cases that this stage and those before it read; None: all
     parameters: dict  # all that its results depend on besides the case
     folder: Path  # of its results
 
@@ -157,7 +159,9 @@ class _Stage:
 
 
 def _stages(lists: Sequence[Sequence], folder: Path) -> list[_Stage]:
-    stages, keys, steps = [], set(), []
+    stages: list[_Stage] = []
+    keys: set[Hashable] | None = set()
+    steps: list[object] = []
     for compose in (Compose(transforms).flatten() for transforms in lists):
         for transform in compose.transforms:
             if isinstance(transform, RandomizableTrait):
@@ -172,7 +176,7 @@ def _stages(lists: Sequence[Sequence], folder: Path) -> list[_Stage]:
 
 
 def _outcome(stage: _Stage, before: dict, files: list[str]) -> dict:
-    """What a stage adds to a case or changes of it."""
+    """Compute what a stage adds to a case or changes of it."""
     try:
         after = deepcopy(stage.transform)(before)  # MONAI's readers and transforms note things down in themselves
     except Exception as e:
@@ -182,14 +186,11 @@ def _outcome(stage: _Stage, before: dict, files: list[str]) -> dict:
     return {key: value for key, value in after.items() if key not in before or value is not before[key]}
 
 
-# ---- files that go into an entry
-
-
 def _paths(value: object) -> list[str]:
-    """The files that an entry of a case names, as MONAI's readers spell them."""
-    paths = list(value) if isinstance(value, list | tuple) else [value]
-    whole = all(isinstance(path, str | Path) and Path(path).is_file() for path in paths)
-    return [str(Path(path)) for path in paths] if whole else []
+    """List the files that an entry of a case names, as MONAI's readers spell them; none unless all of it are files."""
+    parts = list(value) if isinstance(value, list | tuple) else [value]
+    paths = [Path(part) for part in parts if isinstance(part, str | Path)]
+    return [str(path) for path in paths] if len(paths) == len(parts) and all(p.is_file() for p in paths) else []
 
 
 def _files(inputs: dict) -> list[str]:
@@ -197,20 +198,19 @@ def _files(inputs: dict) -> list[str]:
 
 
 def _content(inputs: dict, known: dict) -> dict:
-    """What a case holds: files by their content, everything else by value."""
+    """Describe what a case holds: files by their content, everything else by value."""
     return {key: [file_digest(p, known) for p in _paths(v)] or description(v) for key, v in inputs.items()}
-
-
-# ---- entries: tensors and plain values in a file that torch maps into memory
 
 
 @dataclass
 class _Entry:
+    """The result of a stage for a case: tensors and plain values in a file that torch maps into memory."""
+
     path: Path
     files: list[str]  # of the case that asks, which may be a copy of the one that the entry was made from
 
     def read(self) -> dict | None:
-        """Its values, tensors mapped from disk; None where there is no such file or not all of it."""
+        """Read its values, tensors mapped from disk; None where there is no such file or not all of it."""
         try:
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, EOFError):  # torch's reader raises the last two for what is no whole archive
@@ -220,6 +220,13 @@ class _Entry:
             name = meta.get("filename_or_obj")
             values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
         return values
+
+    def read_existing(self) -> dict:
+        """Read its values, which have been there before."""
+        found = self.read()
+        if found is None:
+            raise UserError(f"{self.path} was there and is missing or damaged now; start again: it is made anew.")
+        return found
 
     def write(self, values: dict) -> None:
         content = {
@@ -231,7 +238,7 @@ class _Entry:
 
 
 def _plain(value: object) -> object:
-    """What `weights_only` reads back: tensors without metadata or a larger storage, arrays as tensors, plain Python."""
+    """Reduce to what `weights_only` reads back: tensors without metadata or a larger storage, and plain Python."""
     if isinstance(value, torch.Tensor):
         return value.detach().as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
     if isinstance(value, np.ndarray) and value.ndim:
@@ -251,6 +258,10 @@ def _plain(value: object) -> object:
     )
 
 
+def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda partial: partial.write_text(text))
+
+
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_whole(path, write)
@@ -258,21 +269,23 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"{path.parent} could not be written to ({e}); make room there or give another folder.") from e
 
 
-# ---- how much runs at once
-
-
 def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:
-    """One for each core, but no more than what the largest case leaves room for in half of the free RAM; at least 1."""
+    """Count the threads that fit: one a core, at most what half of the free RAM holds of the largest case, at least 1.
+
+    Args:
+        cases: to be resampled.
+        spacing: voxel edges in mm of the grid that they are resampled to.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
     largest = max((_peak_bytes(case, spacing) for case in cases), default=1)
     return int(max(1, min(cpu_cores(), _free_bytes() / 2 // largest) // processes))
 
 
 def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
-    """RAM that resampling a case takes, by its header."""
+    """Estimate the RAM that resampling a case takes, by its header."""
     files = image_files(case)
     try:
-        header = nib.load(files[0]).header
+        header = cast(nib.Nifti1Image, nib.load(files[0])).header
     except Exception:  # preparing it will say what is wrong
         return 1.0
     shape, edges = header.get_data_shape(), np.array(header.get_zooms()[:3])
@@ -282,8 +295,9 @@ def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
 
 
 def _free_bytes() -> float:
-    """RAM that programs can still have; where the kernel does not say it, half of all."""
+    """Return the RAM that programs can still have; where the kernel does not say it, half of all."""
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
     except FileNotFoundError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        found = None
+    return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2

@@ -18,9 +18,11 @@ CT = ("clip", "mean", "std")
 EPSILON = 1e-8  # nnU-Net's, so that a constant channel becomes zero
 RINGING = 0.01  # standard deviations; what cubic interpolation leaves some voxels outside a mask
 
+Intensity = str | Mapping | Sequence[str | Mapping]
 
-def schemes(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -> list[str | dict]:
-    """The control panel's `intensity`, one scheme for all channels or one each, as a list.
+
+def schemes(intensity: Intensity, channels: int) -> list[str | Mapping]:
+    """List the scheme of each channel by the setting `intensity`, which has one for all channels or one for each.
 
     A scheme is one of
 
@@ -32,8 +34,7 @@ def schemes(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -
     Raises:
         UserError: an unknown scheme, or another number of them than of channels.
     """
-    single = isinstance(intensity, str | Mapping)
-    found = [intensity] * channels if single else list(intensity)
+    found = [intensity] * channels if isinstance(intensity, str | Mapping) else list(intensity)
     if len(found) != channels:
         raise UserError(
             f"intensity has {len(found)} schemes for {channels} channels; give one for each, or one for all."
@@ -46,28 +47,28 @@ def schemes(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -
     return found
 
 
-def masked(intensity: str | Mapping | Sequence[str | Mapping], channels: int) -> list[int]:
-    """The channels that are 0 outside the region in which they are normalised."""
+def masked(intensity: Intensity, channels: int) -> list[int]:
+    """List the channels that are 0 outside the region in which they are normalised."""
     return [channel for channel, scheme in enumerate(schemes(intensity, channels)) if scheme == "zscore_nonzero"]
 
 
 class Intensityd(MapTransform):
     """Normalises an image (C, *space) by its channels' schemes.
 
-    It stands in the list twice, since "zscore_nonzero" needs the stored voxels (interpolation would smear the border of
-    its mask) and all others the voxels of the network's grid, as in nnU-Net v1. On the grid, too, what rang around the
-    mask when it was interpolated is set to 0 again.
+    It stands in the list twice, since "zscore_nonzero" needs the native voxels (interpolation would smear the border of
+    its mask) and all others the resampled ones, as in nnU-Net v1. What rang around the mask when it was interpolated is
+    set to 0 again after resampling.
 
     Args:
         keys: images.
         intensity: see `schemes`.
-        stage: "stored", before resampling, or "grid", after it.
+        stage: "native", before resampling, or "resampled", after it.
     """
 
-    def __init__(self, keys: KeysCollection, intensity: str | Mapping | Sequence, stage: str) -> None:
+    def __init__(self, keys: KeysCollection, intensity: Intensity, stage: str) -> None:
         super().__init__(keys)
-        if stage not in ("stored", "grid"):
-            raise ValueError(f"stage is {stage!r}, expected 'stored' or 'grid'.")
+        if stage not in ("native", "resampled"):
+            raise ValueError(f"stage is {stage!r}, expected 'native' or 'resampled'.")
         self.intensity, self.stage = intensity, stage
 
     def __call__(self, data: dict) -> dict:
@@ -76,15 +77,15 @@ class Intensityd(MapTransform):
             found = schemes(self.intensity, len(out[key]))
             within = masked(self.intensity, len(out[key]))
             everywhere = [c for c, scheme in enumerate(found) if c not in within and scheme != "none"]
-            if not (within or (everywhere and self.stage == "grid")):
+            if not (within or (everywhere and self.stage == "resampled")):
                 continue
             out[key] = out[key].float().clone()
             plain = out[key].as_tensor() if isinstance(out[key], MetaTensor) else out[key]  # the same memory
-            if self.stage == "grid":
+            if self.stage == "resampled":
                 for channel in everywhere:
                     _normalise(plain[channel], found[channel])
             if within:
-                _normalise_within(plain, within) if self.stage == "stored" else _clear_outside(plain, within)
+                _normalise_within(plain, within) if self.stage == "native" else _clear_outside(plain, within)
         return out
 
 
@@ -106,7 +107,7 @@ def _standardise(channel: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _normalise_within(image: torch.Tensor, channels: Sequence[int]) -> None:
-    """The voxels in which any channel is not 0, as nnU-Net has it; all others stay 0."""
+    """Normalise the voxels in which any channel is not 0, as nnU-Net has it; all others stay 0."""
     inside = _filled(image != 0)
     for channel in channels if inside.any() else ():
         _standardise(image[channel], image[channel][inside])
@@ -120,7 +121,7 @@ def _clear_outside(image: torch.Tensor, channels: Sequence[int]) -> None:
 
 
 def _filled(mask: torch.Tensor) -> torch.Tensor:
-    """(C, *space) -> (*space): where any channel is set, holes filled."""
+    """Mark where any channel of (C, *space) is set, holes filled: (*space)."""
     return torch.from_numpy(binary_fill_holes(mask.any(dim=0).cpu().numpy())).to(mask.device)
 
 

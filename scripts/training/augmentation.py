@@ -9,6 +9,7 @@ MedNeXt are trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from monai.engines.utils import PrepareBatch, default_prepare_batch
@@ -33,8 +34,8 @@ class Augmentation(PrepareBatch):
     def __call__(
         self, batchdata: dict, device: str | torch.device | None = None, non_blocking: bool = False, **kwargs
     ) -> Pair:
-        """The batch's "image" (N, C, *space) and "label" (N, 1, *space) as plain float32 tensors, transformed."""
-        pair = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
+        """Transform the batch's "image" (N, C, *space) and "label" (N, 1, *space), as plain float32 tensors."""
+        pair = cast(Pair, default_prepare_batch(batchdata, device, non_blocking, **kwargs))
         image, label = (tensor.as_subclass(torch.Tensor) for tensor in pair)
         image = image.float()
         if self.masked:  # one more label channel, so that it moves as labels do
@@ -50,11 +51,11 @@ class Augmentation(PrepareBatch):
 
 
 class Intensity:
-    """A change of the image alone, of which subclasses define `change`.
+    """Changes the image alone, in the way that a subclass defines by `change`.
 
     Args:
-        prob: of a sample to be drawn.
-        channel_prob: of each channel of a drawn sample to be changed, by its own draw; None for all channels alike.
+        prob: probability that a sample is drawn.
+        channel_prob: probability that a channel of a drawn sample is changed, by its own draw; None for all alike.
     """
 
     def __init__(self, prob: float, channel_prob: float | None) -> None:
@@ -71,7 +72,7 @@ class Intensity:
         return image, label
 
     def change(self, x: torch.Tensor) -> torch.Tensor:
-        """The K drawn channels x (K, *space), or samples (K, C, *space), changed by K draws."""
+        """Change the K drawn channels x (K, *space), or samples (K, C, *space), each by a draw of its own."""
         raise NotImplementedError
 
 
@@ -144,9 +145,9 @@ class Gamma(Intensity):
     """Raises each channel, scaled to 0..1, to a power about one; its mean and standard deviation stay.
 
     Args:
-        prob: of a sample to be drawn.
+        prob: probability that a sample is drawn.
         gamma: the least and the greatest power.
-        invert: of the negative image.
+        invert: whether the negative image is raised.
     """
 
     def __init__(self, prob: float, gamma: Sequence[float], invert: bool) -> None:
@@ -165,20 +166,20 @@ class Gamma(Intensity):
 
 
 def uniform(bounds: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    """One draw between the bounds for each of `like`'s first axis, shaped to be multiplied with it."""
+    """Draw between the bounds for each entry of `like`'s first axis, shaped to be multiplied with `like`."""
     low, high = bounds
     return (low + (high - low) * torch.rand(len(like))).to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 def about_one(bounds: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    """As `uniform`, but half of the draws below 1 and half above it, as in nnU-Net."""
+    """Draw as `uniform` does, but half of the time below 1 and half above it, as in nnU-Net."""
     low, high = bounds
     below = (torch.rand(len(like)) < 0.5).to(like.device).view(-1, *[1] * (like.ndim - 1))
     return torch.where(below, uniform((low, 1), like), uniform((1, high), like))
 
 
 def along_axes(x: torch.Tensor, operators: Sequence[torch.Tensor]) -> torch.Tensor:
-    """x (K, *space), whose every spatial axis of n voxels is multiplied by that axis' operator (K, n, n)."""
+    """Multiply every spatial axis of x (K, *space), of n voxels, by the axis' operator (K, n, n)."""
     for operator in operators:  # takes the first spatial axis and leaves it last
         rest = x.shape[2:]
         x = (x.flatten(2).mT @ operator.mT).unflatten(1, rest)
@@ -186,7 +187,7 @@ def along_axes(x: torch.Tensor, operators: Sequence[torch.Tensor]) -> torch.Tens
 
 
 def blur(sigma: torch.Tensor, n: int) -> torch.Tensor:
-    """Operators (K, n, n) that do as scipy.ndimage.gaussian_filter1d: cut off at 4 sigma (K,), edges mirrored."""
+    """Build operators (K, n, n) that do as scipy.ndimage.gaussian_filter1d: cut off at 4 sigma (K,), edges mirrored."""
     reach = (4 * sigma + 0.5).long()[:, None]
     offset = torch.arange(-int(reach.max()), int(reach.max()) + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2) * (offset.abs() <= reach)
@@ -197,7 +198,7 @@ def blur(sigma: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def there_and_back(zoom: torch.Tensor, n: int) -> torch.Tensor:
-    """Operators (K, n, n) that sample round(n * zoom) of n voxels, nearest, and interpolate n from these linearly."""
+    """Build operators (K, n, n) that sample round(n * zoom) of n voxels, nearest, and interpolate n from them."""
     fewer = (n * zoom[:, None]).round().clamp(min=1)  # (K, 1)
     at = ((torch.arange(n, device=zoom.device) + 0.5) * fewer / n - 0.5).clamp(min=0).minimum(fewer - 1)  # (K, n)
     left = at.floor()

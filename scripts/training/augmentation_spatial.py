@@ -1,4 +1,7 @@
-"""nnU-Net's augmentation that moves voxels: rotation and zoom in one resampling, mirroring; see augment.py."""
+"""nnU-Net's augmentation that moves voxels: rotation and zoom in one resampling, and mirroring.
+
+`training.augmentation` says what a transform is and calls them.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ class RotateZoom:
 
     Args:
         size: voxels to cut; rotations are about the middle, in units of voxels.
-        rotate_range: of each axis (in 2D: of the only one) the largest angle in radians, to either side.
-        rotate_prob: of a sample to be rotated.
+        rotate_range: largest angle about each axis (in 2D: the only one) in radians, to either side.
+        rotate_prob: probability that a sample is rotated.
         zoom: least and greatest factor on coordinates, on either side of 1; above it structures become smaller.
-        zoom_prob: of a sample to be zoomed.
+        zoom_prob: probability that a sample is zoomed.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Mirror:
 
 
 def rotations(angles: torch.Tensor) -> torch.Tensor:
-    """Matrices (K, D, D) of one angle (K, 1) in 2D, or of angles about the three axes (K, 3), the last axis first."""
+    """Build matrices (K, D, D) of one angle (K, 1) in 2D, or of angles about three axes (K, 3), the last axis first."""
     planes = PLANES[angles.shape[1]]
     dimensions = max(max(plane) for plane in planes) + 1
     matrix = torch.eye(dimensions).repeat(len(angles), 1, 1)
@@ -82,11 +85,12 @@ def rotations(angles: torch.Tensor) -> torch.Tensor:
 
 
 def sampling_grid(matrix: torch.Tensor, size: Sequence[int], source: Sequence[int]) -> torch.Tensor:
-    """grid_sample's coordinates (K, *size, D) for matrices (K, D, D) from offsets to the middle of the output to
-    offsets to the middle of the input, in voxels.
+    """Build grid_sample's coordinates (K, *size, D) for matrices (K, D, D).
+
+    A matrix maps offsets to the middle of the output to offsets to the middle of the input, in voxels.
 
     Args:
-        matrix: on the device, and in the precision, of the result.
+        matrix: offsets of the output -> offsets of the input; decides device and precision of the result.
         size: voxels of the output.
         source: voxels of the input.
     """
@@ -96,9 +100,9 @@ def sampling_grid(matrix: torch.Tensor, size: Sequence[int], source: Sequence[in
 
 
 def sample_labels(label: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Of the linearly interpolated masks of all labels the greatest, voxel by voxel; label 0 where the grid leaves it.
+    """Interpolate the mask of every label linearly and take the greatest at each voxel; label 0 outside the grid.
 
-    One label's mask at a time: memory does not grow with their number.
+    The masks are made one at a time: memory does not grow with their number.
 
     Args:
         label: (K, L, *space) 0, 1, 2, .. of any type.
@@ -114,6 +118,7 @@ def sample_labels(label: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 
 
 def middle(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """The middle `size` voxels of (N, C, *space), without a copy."""
-    starts = [(have - want) // 2 for have, want in zip(tensor.shape[2:], size, strict=True)]
-    return tensor[(..., *(slice(start, start + want) for start, want in zip(starts, size, strict=True)))]
+    """Cut the middle `size` voxels out of (N, C, *space), without a copy."""
+    for axis, (have, want) in enumerate(zip(tensor.shape[2:], size, strict=True), start=2):
+        tensor = tensor.narrow(axis, (have - want) // 2, want)
+    return tensor

@@ -1,4 +1,4 @@
-"""What a training run keeps on disk: the best weights, and all it takes to go on after an interruption."""
+"""The files of a training run: the best weights, and all it takes to go on after an interruption."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..utils.errors import UserError
 from ..weights import model_settings
@@ -19,7 +24,7 @@ logger = logging.getLogger("mednext")
 
 
 class TrainingRun:
-    """What a training run keeps: the best weights, and all it takes to go on after an interruption.
+    """Keeps the best or the last weights of a training run, and all it takes to go on after an interruption.
 
     In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
     `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run
@@ -30,37 +35,38 @@ class TrainingRun:
         folder: where to keep things.
         network: the network, not wrapped for distribution.
         optimizer: its optimizer.
-        lr_scheduler: its learning rate schedule, see optim.py.
+        lr_scheduler: its learning rate schedule, see `training.optim`.
         evaluator: engine whose key metric decides what is best (higher is better).
-        settings: the control panel's values that belong to the weights.
-        keep: "best", or "last" as published, whose scores on the held-out cases are not those it was chosen by.
+        settings: the values of the config that belong to the weights.
+        checkpoint_selection: "best", or "last" as published, whose scores on the held-out cases are not those it was
+            chosen by.
         resume: go on from `training/checkpoint.pt`.
 
     Raises:
-        UserError: another `keep`; `resume` without a checkpoint, or with one of another network.
+        UserError: another `checkpoint_selection`; `resume` without a checkpoint, or with one of another network.
     """
 
     def __init__(
         self,
-        folder,
-        network,
-        optimizer,
-        lr_scheduler,
-        evaluator,
+        folder: str | Path,
+        network: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LambdaLR,
+        evaluator: Engine,
         settings: dict,
-        keep: str = "best",
+        checkpoint_selection: str = "best",
         resume: bool = False,
     ) -> None:
-        if keep not in ("best", "last"):
-            raise UserError(f"keep is {keep!r}; expected best or last.")
-        self.folder, self.keep = Path(folder), keep
+        if checkpoint_selection not in ("best", "last"):
+            raise UserError(f"checkpoint_selection is {checkpoint_selection!r}; expected best or last.")
+        self.folder, self.checkpoint_selection = Path(folder), checkpoint_selection
         self.network, self.optimizer, self.lr_scheduler, self.evaluator = network, optimizer, lr_scheduler, evaluator
         self.settings, self.resume = settings, resume
         self.weights = self.folder / "model.pt"
         self.checkpoint = self.folder / "training" / "checkpoint.pt"
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.best_metric, self.best_epoch = float("-inf"), 0
-        self.state = None
+        self.state: dict[str, Any] | None = None
         if resume:
             if not self.checkpoint.is_file():
                 raise UserError(f"{self.checkpoint} not found; nothing to resume: start without --resume.")
@@ -69,17 +75,18 @@ class TrainingRun:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
-        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.keep_weights)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.save_weights)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
 
-    def start(self, engine: Engine) -> None:
-        if self.state is not None:
-            self._restore(engine)
+    def start(self, engine: SupervisedTrainer) -> None:
+        """Go on from the checkpoint, or set aside what an earlier run left."""
+        state, self.state = self.state, None
+        if state is not None:
+            self._restore(engine, state)
         elif self.writes:
             self._set_aside()
 
-    def _restore(self, engine: Engine) -> None:
-        state, self.state = self.state, None
+    def _restore(self, engine: SupervisedTrainer, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["model"])
         rates = self.lr_scheduler.base_lrs  # of this command, which may be others
         try:
@@ -114,7 +121,8 @@ class TrainingRun:
                 shutil.copy2(file, kept / file.name)
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
 
-    def save(self, engine: Engine) -> None:
+    def save_state(self, engine: SupervisedTrainer) -> None:
+        """Save all it takes to go on after this epoch."""
         if not self.writes:
             return
         state = {
@@ -128,15 +136,15 @@ class TrainingRun:
         }
         save_checkpoint(state, self.checkpoint)
 
-    def keep_weights(self, evaluator: Engine) -> None:
-        metric = float(evaluator.state.metrics[evaluator.state.key_metric_name])
-        if self.keep == "best" and not metric > self.best_metric and self.best_epoch:
+    def save_weights(self, evaluator: Engine) -> None:
+        """Save the weights that were validated, if they are those to keep, with their settings."""
+        validated: Any = evaluator.state  # MONAI's, with more attributes than Ignite's
+        name = validated.key_metric_name
+        metric = float(validated.metrics[name])
+        if self.checkpoint_selection == "best" and not metric > self.best_metric and self.best_epoch:
             return
         self.best_metric = metric if metric == metric else float("-inf")  # nan: no validation case has foreground
-        self.best_epoch = evaluator.state.epoch
+        self.best_epoch = validated.epoch
         if self.writes:
             save_checkpoint(self.network.state_dict(), self.weights)
-            name = evaluator.state.key_metric_name
-            model_settings.write_model_settings(
-                self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)}
-            )
+            model_settings.write_model_settings(self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)})

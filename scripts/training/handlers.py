@@ -1,6 +1,8 @@
-"""What the Ignite engines need besides MONAI's own handlers: seeds, clipping, progress bar, last validation."""
+"""Handlers that Ignite's engines need besides MONAI's own: seeds, clipping, progress bar, last validation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.data.utils import set_rnd
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import ValidationHandler
 
@@ -20,7 +23,7 @@ class EpochSeeds:
     """Seeds everything random of an epoch from (seed, epoch, rank), so that a resumed run repeats what would have been.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         dataset: whose transforms draw in this process when there are no loader workers.
     """
 
@@ -46,7 +49,7 @@ class GradientClipping:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         if engine.amp and engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
         torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
@@ -62,9 +65,9 @@ class Progress(ProgressBar):
             bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
         )
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # as Ignite's own
         if _rank() == 0:
-            super().attach(engine)
+            super().attach(engine, *args, **kwargs)
 
 
 class LastEpochToo(ValidationHandler):

@@ -19,7 +19,7 @@ class SegmentationLoss(nn.Module):
 
     Args:
         batch_dice: Dice over the batch as one volume, not patch by patch.
-        regions: of each output channel, the labels that belong to it; None where labels exclude each other.
+        regions: labels that belong to each output channel; None where labels exclude each other.
         ignore: label of voxels that count nowhere, or None.
         smooth: added to numerator and denominator of the Dice.
     """
@@ -35,7 +35,7 @@ class SegmentationLoss(nn.Module):
         self.batch_dice, self.regions, self.ignore, self.smooth = batch_dice, regions, ignore, smooth
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """(N, channels, *space) logits, (N, 1, *space) labels -> scalar; 0 where nothing is known."""
+        """Compute the loss of logits (N, channels, *space) and labels (N, 1, *space); 0 where nothing is known."""
         logits, label = logits.float(), label.long()
         known = None if self.ignore is None else label != self.ignore
         if known is not None:
@@ -49,13 +49,15 @@ class SegmentationLoss(nn.Module):
         return entropy + 1 - self._dice(probability, truth)
 
     def _truth(self, label: torch.Tensor, channels: int) -> torch.Tensor:
-        """(N, channels, *space) bool."""
+        """Mark the voxels of each channel: (N, channels, *space) bool."""
         if self.regions is None:
             return label == torch.arange(channels, device=label.device).view(1, -1, *[1] * (label.ndim - 2))
         return torch.cat([torch.isin(label, torch.tensor(r, device=label.device)) for r in self.regions], dim=1)
 
-    def _entropy(self, logits, label, truth, known) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean over the known voxels, and the probabilities."""
+    def _entropy(
+        self, logits: torch.Tensor, label: torch.Tensor, truth: torch.Tensor, known: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the entropy's mean over the known voxels, and the probabilities."""
         if self.regions is None:
             entropy, probability = F.cross_entropy(logits, label[:, 0], reduction="none")[:, None], logits.softmax(1)
         else:

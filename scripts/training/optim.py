@@ -1,4 +1,4 @@
-"""Which weights learn, and how fast: frozen encoders, learning rates by depth, warm-up and polynomial decay."""
+"""The choice of weights that learn, and how fast: frozen encoders, rates by depth, warm-up and polynomial decay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ DEPTHS = (  # in the order of the forward pass: what shares a learning rate unde
 
 
 def freeze(network: nn.Module, part: str | None) -> None:
-    """Keeps the weights of `part` as they are: "encoder" (all before the bottleneck) or None for nothing.
+    """Keep the weights of a part of the network as they are.
+
+    Args:
+        network: the network.
+        part: "encoder" (all before the bottleneck), or None for nothing.
 
     Raises:
         UserError: another part.
@@ -33,12 +37,12 @@ def freeze(network: nn.Module, part: str | None) -> None:
 
 
 def parameter_groups(network: nn.Module, learning_rate: float, layer_decay: float = 1.0) -> list[dict]:
-    """The optimizer's groups: the heads learn at `learning_rate`, each depth before them `layer_decay` times slower.
+    """Group the weights for the optimizer: the heads learn at `learning_rate`, each depth before them slower.
 
     Args:
         network: the network, not wrapped for distribution.
-        learning_rate: of the heads, and of everything if `layer_decay` is 1, which gives a single group.
-        layer_decay: factor between two depths, over 0 up to 1.
+        learning_rate: rate of the heads, and of everything if `layer_decay` is 1, which gives a single group.
+        layer_decay: factor from a depth's rate to that of the depth before it, over 0 up to 1.
 
     Raises:
         UserError: `layer_decay` is out of range.
@@ -56,15 +60,15 @@ def parameter_groups(network: nn.Module, learning_rate: float, layer_decay: floa
 
 
 def polynomial(optimizer: Optimizer, epochs: int, warmup: int = 0, power: float = 0.9) -> LambdaLR:
-    """`(1 - epoch / epochs) ** power` as published; before it, over `warmup` epochs, a linear rise to it.
+    """Schedule rates that fall by `(1 - epoch / epochs) ** power` as published.
 
-    Source of the power: nnU-Net v1, `poly_lr`.
+    Over the first `warmup` epochs they rise to it linearly. Source of the power: nnU-Net v1, `poly_lr`.
     """
     return LambdaLR(optimizer, lambda epoch: min(1.0, (epoch + 1) / (warmup + 1)) * max(0, 1 - epoch / epochs) ** power)
 
 
 def take_up(schedule: LambdaLR) -> None:
-    """Sets the rates of the epoch that a restored schedule has come to, also where it was made longer or shorter."""
+    """Set the rates of the epoch that a restored schedule has come to, also where it was made longer or shorter."""
     rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
     for group, base, factor in rates:
         group["lr"] = base * factor(schedule.last_epoch)

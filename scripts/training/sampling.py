@@ -1,4 +1,4 @@
-"""Which patches of which cases are seen in training: nnU-Net's rules."""
+"""The choice of cases and patches that are seen in training, by nnU-Net's rules."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PatchSampler(Sampler):
 
 
 def crop_size(patch_size: Sequence[int], rotate_range: Sequence[float] = (math.pi / 6,) * 3) -> list[int]:
-    """Edge lengths of a crop from which a rotated and zoomed patch can be cut, mostly without running over its border.
+    """Compute the edges of a crop from which a rotated and zoomed patch can be cut, mostly without crossing its border.
 
     nnU-Net's rule: turn the patch about each axis by its largest angle, 90 degrees at most, and divide by 0.85, which
     covers most zooms; 128 -> 205. Source: recipe of nnU-Net v1, `get_patch_size` and `nnUNetTrainerV2.setup_DA_params`.
@@ -96,8 +96,8 @@ class RandPatchd(RandomizableTransform, MapTransform):
         self.size, self.patch_size = np.array(size), np.array(patch_size)
         self.indices_key, self.forced_key, self.label_key, self.ignore = indices_key, forced_key, label_key, ignore
 
-    def randomize(self, data: dict) -> np.ndarray:
-        """The patch's first voxel, which may be negative."""
+    def first_voxel(self, data: dict) -> np.ndarray:
+        """Draw the patch's first voxel, which may be negative."""
         shape = np.array(data[self.keys[0]].shape[1:])
         pad = np.maximum(self.size - self.patch_size, self.size - shape)
         lowest, highest = -(pad // 2), shape + pad // 2 + pad % 2 - self.size
@@ -107,7 +107,7 @@ class RandPatchd(RandomizableTransform, MapTransform):
         return np.array([self.R.randint(low, high + 1) for low, high in zip(lowest, highest, strict=True)])
 
     def _foreground(self, data: dict, shape: np.ndarray) -> np.ndarray | None:
-        """A voxel of a class drawn evenly, or None where there is no foreground."""
+        """Draw a class evenly and a voxel of it, or None where there is no foreground."""
         present = [indices for indices in data[self.indices_key][1 : self.ignore] if len(indices)]
         if not present:
             return None
@@ -115,7 +115,7 @@ class RandPatchd(RandomizableTransform, MapTransform):
         return np.array(np.unravel_index(int(indices[self.R.randint(len(indices))]), shape))
 
     def _annotated(self, data: dict, shape: np.ndarray) -> np.ndarray | None:
-        """A voxel drawn evenly from those not to be ignored; None where all count, or where DRAWS do not hit one."""
+        """Draw a voxel evenly from those not to be ignored; None where all count, or where DRAWS do not hit one."""
         for _ in range(0 if self.ignore is None else DRAWS):
             voxels = [torch.from_numpy(self.R.randint(n, size=64)) for n in shape]
             known = (data[self.label_key][(0, *voxels)] != self.ignore).nonzero()
@@ -125,7 +125,7 @@ class RandPatchd(RandomizableTransform, MapTransform):
 
     def __call__(self, data: dict) -> dict:
         out = {k: v for k, v in data.items() if k not in (self.indices_key, self.forced_key)}
-        start = self.randomize(data)
+        start = self.first_voxel(data)
         for key in self.key_iterator(out):
             array = out[key]
             shape = np.array(array.shape[1:])

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from conftest import CACHE, ROOT, TINY, bundle, overlays, save
 
-from scripts.evaluation.cross_validation import cross_validate, pool
+from scripts.evaluation.cross_validation import cross_validate, pool_folds
 from scripts.utils.errors import UserError
 
 
 def scored(folder: Path, fold: int, cases: dict[str, float | None]) -> None:
-    """What scoring leaves of a fold: Dice of one class by case, and a mask each."""
+    """Leave what scoring leaves of a fold: Dice of one class by case, and a mask each."""
     rows = [
         {"case": case, "label": "organ", "dice": dice, "nsd": dice, "hd95_mm": "inf" if dice == 0 else 1.0,
          "predicted_voxels": 0 if dice is None else 5, "reference_voxels": 0 if dice is None else 5}
@@ -40,7 +40,7 @@ def test_pooled_scores_are_those_of_all_folds_as_one_table(tmp_path):
     scored(tmp_path, 1, {"a": 0.9, "d": 0.0})
     scored(tmp_path, 0, {"c": 0.6, "b": None})
     for _ in range(2):  # pooling again replaces
-        pool(str(tmp_path), ["organ"], 1.0)
+        pool_folds(str(tmp_path), ["organ"], 1.0)
         assert [(r["case"], r["dice"], r["hd95_mm"]) for r in rows(tmp_path / "cases.csv")] == [
             ("a", "0.9", "1.0"), ("b", "nan", "1.0"), ("c", "0.6", "1.0"), ("d", "0.0", "inf")
         ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_a_case_in_two_folds_is_refused(tmp_path):
     scored(tmp_path, 0, {"a": 0.9, "b": 0.8})
     scored(tmp_path, 1, {"b": 0.7})
     with pytest.raises(UserError, match="fold_0 and .*fold_1 both scored case b"):
-        pool(str(tmp_path), ["organ"], 1.0)
+        pool_folds(str(tmp_path), ["organ"], 1.0)
     assert not (tmp_path / "cases.csv").exists()
 
 
@@ -80,14 +80,7 @@ class TestCommand:
     """Two folds of the phantom through the real command line."""
 
     def run(self, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess:
-        command = [
-            sys.executable,
-            "-m",
-            "scripts.evaluation.cross_validation",
-            *map(str, arguments),
-            "--cache_dir",
-            CACHE.name,
-        ]
+        command = [sys.executable, "-m", "scripts", "cross_validate", *map(str, arguments), "--cache_dir", CACHE.name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
         assert (done.returncode != 0) == fails, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         return done
@@ -105,7 +98,7 @@ class TestCommand:
         assert "folds 1 are still to be run" in first.stdout
         weights = tmp_path / "models/fold_1"  # killed after its first epoch
         half = ("training", *overlays("train"), *common, "--fold", 1, "--ckpt_dir", weights, "--output_dir", tmp_path)
-        bundle(*half, "--keep", "last", "--train#trainer#max_epochs", 1)
+        bundle(*half, "--checkpoint_selection", "last", "--train#trainer#max_epochs", 1)
         rest = self.run(*common)
         assert "fold 0: training" not in rest.stdout
         assert "fold 0: scoring" not in rest.stdout

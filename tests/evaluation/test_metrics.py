@@ -11,65 +11,51 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.evaluation.metrics import CaseScores, ClassDice, score, summarise
+from scripts.evaluation.metrics import CaseScores, ClassDice, score_case
+from scripts.evaluation.tables import summarise
 
 CLASSES = {"organ": [1], "tumour": [2]}
 
 
 def box(low: int, high: int, value: int = 1) -> torch.Tensor:
-    """A box over the full y and z extent of 24 x 6 x 6 voxels, from row `low` to before row `high`."""
+    """Draw a box over the full y and z extent of 24 x 6 x 6 voxels, from row `low` to before row `high`."""
     mask = torch.zeros(1, 24, 6, 6)
     mask[:, low:high] = value
     return mask
 
 
 def test_dice_of_a_shifted_box():
-    row = score(box(4, 14), box(6, 16), (1, 1, 1), CLASSES)[0]
+    row = score_case(box(4, 14), box(6, 16), (1, 1, 1), CLASSES)[0]
     assert row["dice"] == pytest.approx(8 / 10)
     assert (row["predicted_voxels"], row["reference_voxels"]) == (360, 360)
 
 
 def test_hd95_is_in_millimetres_of_the_scan():
-    row = score(box(4, 14), box(6, 16), (1.5, 1, 1), CLASSES)[0]
+    row = score_case(box(4, 14), box(6, 16), (1.5, 1, 1), CLASSES)[0]
     assert row["hd95_mm"] == pytest.approx(2 * 1.5)
 
 
 def test_nsd_counts_surface_within_the_tolerance_of_the_scan():
     one_voxel_off = box(4, 14), box(5, 14)
-    assert score(*one_voxel_off, (0.9, 1, 1), CLASSES)[0]["nsd"] == pytest.approx(1.0)
-    assert score(*one_voxel_off, (4.0, 1, 1), CLASSES)[0]["nsd"] < 0.98  # one of two end faces is off
-    assert score(*one_voxel_off, (4.0, 1, 1), CLASSES, tolerance=4.0)[0]["nsd"] == pytest.approx(1.0)
+    assert score_case(*one_voxel_off, (0.9, 1, 1), CLASSES)[0]["nsd"] == pytest.approx(1.0)
+    assert score_case(*one_voxel_off, (4.0, 1, 1), CLASSES)[0]["nsd"] < 0.98  # one of two end faces is off
+    assert score_case(*one_voxel_off, (4.0, 1, 1), CLASSES, tolerance=4.0)[0]["nsd"] == pytest.approx(1.0)
 
 
 def test_perfect_prediction():
-    row = score(box(4, 14), box(4, 14), (1, 2, 3), CLASSES)[0]
+    row = score_case(box(4, 14), box(4, 14), (1, 2, 3), CLASSES)[0]
     assert (row["dice"], row["nsd"], row["hd95_mm"]) == (1.0, 1.0, 0.0)
 
 
 def test_label_absent_from_both_is_nan():
-    row = score(box(4, 14), box(4, 14), (1, 1, 1), CLASSES)[1]
+    row = score_case(box(4, 14), box(4, 14), (1, 1, 1), CLASSES)[1]
     assert all(math.isnan(row[m]) for m in ("dice", "nsd", "hd95_mm"))
 
 
 @pytest.mark.parametrize("masks", [(box(0, 0), box(4, 14)), (box(4, 14), box(0, 0))], ids=["missed", "invented"])
 def test_label_absent_from_one_is_zero_and_infinitely_far(masks):
-    row = score(*masks, (1, 1, 1), CLASSES)[0]
+    row = score_case(*masks, (1, 1, 1), CLASSES)[0]
     assert (row["dice"], row["nsd"], row["hd95_mm"]) == (0.0, 0.0, math.inf)
-
-
-def cases() -> list[dict]:
-    """Three cases: organ perfect, organ missed, organ absent; the tumour is never there."""
-    masks = [(box(4, 14), box(4, 14)), (box(0, 0), box(4, 14)), (box(0, 0), box(0, 0))]
-    return [{"case": f"c{i}", **row} for i, m in enumerate(masks) for row in score(*m, (1, 1, 1), CLASSES)]
-
-
-def test_summary_counts_what_is_empty_and_averages_the_rest():
-    organ, tumour, mean = summarise(cases(), list(CLASSES))
-    assert (organ["dice"], organ["cases"], organ["empty_in_both"], organ["empty_in_one"]) == (0.5, 3, 1, 1)
-    assert organ["hd95_mm"] == 0.0  # of the one case that has a distance
-    assert math.isnan(tumour["dice"])
-    assert tumour["empty_in_both"] == 3
-    assert (mean["label"], mean["dice"], mean["empty_in_one"]) == ("mean", 0.5, 1)
 
 
 def test_tables_are_written_and_json_is_strict(tmp_path):
@@ -95,16 +81,16 @@ def test_tables_are_written_and_json_is_strict(tmp_path):
 
 def test_a_region_is_scored_as_the_union_of_its_labels():
     prediction, reference = box(4, 8, 1) + box(8, 14, 2), box(4, 10, 2) + box(10, 16, 1)
-    whole, part = score(prediction, reference, (1, 1, 1), {"whole": [1, 2], "part": [2]})
+    whole, part = score_case(prediction, reference, (1, 1, 1), {"whole": [1, 2], "part": [2]})
     assert whole["dice"] == pytest.approx(2 * 10 / 22)
     assert part["dice"] == pytest.approx(2 * 2 / 12)
 
 
 def test_ignored_voxels_count_nowhere():
     prediction, reference = box(4, 14), box(4, 9) + box(9, 20, 3)
-    row = score(prediction, reference, (1, 1, 1), {"organ": [1]}, ignore=3)[0]
+    row = score_case(prediction, reference, (1, 1, 1), {"organ": [1]}, ignore=3)[0]
     assert (row["dice"], row["predicted_voxels"]) == (1.0, 5 * 36)
-    assert score(prediction, reference, (1, 1, 1), {"organ": [1]})[0]["dice"] == pytest.approx(2 * 5 / 15)
+    assert score_case(prediction, reference, (1, 1, 1), {"organ": [1]})[0]["dice"] == pytest.approx(2 * 5 / 15)
 
 
 def test_the_metric_of_training_is_the_summary_of_scoring():
@@ -112,7 +98,7 @@ def test_the_metric_of_training_is_the_summary_of_scoring():
     metric = ClassDice(CLASSES)
     for prediction, reference in masks:
         metric(prediction[None], reference[None])
-    rows = [{"case": str(i), **row} for i, m in enumerate(masks) for row in score(*m, (1, 1, 1), CLASSES)]
+    rows = [{"case": str(i), **row} for i, m in enumerate(masks) for row in score_case(*m, (1, 1, 1), CLASSES)]
     summary = {row["label"]: row["dice"] for row in summarise(rows, list(CLASSES))}
     assert metric.get_buffer().nanmean(dim=0).tolist() == pytest.approx([summary["organ"], summary["tumour"]])
     assert metric.aggregate().item() == pytest.approx(summary["mean"])

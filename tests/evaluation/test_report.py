@@ -21,7 +21,8 @@ from matplotlib.image import imread
 
 from scripts.data.visualization import COLOURS
 from scripts.evaluation import report
-from scripts.evaluation.metrics import METRICS, CaseScores
+from scripts.evaluation.metrics import CaseScores
+from scripts.evaluation.tables import METRICS
 
 pytestmark = pytest.mark.filterwarnings("error:constrained_layout not applied")
 
@@ -50,7 +51,7 @@ def tables(folder: Path, scores: dict) -> Path:
 
 def write(folder: Path, items=(), save_predictions=False, label_values=(0, 1, 2), **settings) -> str:
     (folder / "model.pt").write_bytes(b"weights")
-    report.write(
+    report.write_report(
         str(folder), items, CLASSES, label_values, 1.5, save_predictions, "/data/Dataset001_<Liver>",
         str(folder / "model.pt"), "cpu", settings,
     )  # fmt: skip
@@ -186,7 +187,7 @@ class TestBrowser:
 
     @pytest.fixture
     def tab(self, browser, page):
-        """The page, opened; fails if it asks for anything else or a script fails."""
+        """Open the page, and fail if it asks for anything else or a script fails."""
         tab = browser.new_page()
         asked, failures = [], []
         tab.on("request", lambda request: asked.append(request.url))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts.inference.ensemble import Ensemble, expand, first, join
-from scripts.inference.sliding_window import SlabSlidingWindowInferer
+from scripts.inference.sliding_window import SlidingWindowInferer
 from scripts.mednext import create_mednext
 from scripts.utils.errors import UserError
 from scripts.weights import model_settings as settings
@@ -18,7 +18,7 @@ PANEL = {"labels": ["background", "organ", "tumour"], "label_values": [0, 1, 2],
 
 
 def save(path: Path, seed: int, kernel_size: int = 3, classes: int = 3, size: str = "S", **changes) -> str:
-    """A weights file with its settings; returns its path."""
+    """Write a weights file with its settings and return its path."""
     torch.manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(create_mednext(1, classes, size, kernel_size, True).state_dict(), path)
@@ -72,7 +72,7 @@ class TestJoin:
 
     def test_folds_and_kernels_are_averaged_window_by_window(self, files, tmp_path):
         scan = torch.randn(1, 1, 40, 16, 16)
-        inferer = SlabSlidingWindowInferer((32, 16, 16), activation="softmax", mirror_axes=[0])
+        inferer = SlidingWindowInferer((32, 16, 16), activation="softmax", mirror_axes=[0])
         with torch.inference_mode():
             joined = join(network(files[0]), files[0], str(tmp_path / "fold_*/model.pt"), "softmax").eval()
             each = [inferer(scan, network(file, kernel)) for file, kernel in zip(files, (3, 3, 5), strict=True)]

@@ -12,8 +12,15 @@ from monai.transforms import Compose, LoadImaged, Orientationd
 
 from scripts.data.datasets import cases, channel_names, training_cases
 from scripts.data.labels import read as read_labels
-from scripts.inference.out_of_distribution import UNLIKE, Familiard, FamiliarityReport, MeasureScand, learn, unfamiliar
+from scripts.inference.out_of_distribution import (
+    UNLIKE,
+    CompareWithTrainingd,
+    InferenceReport,
+    MeasureScand,
+    out_of_range,
+)
 from scripts.inference.predictor import Predictor
+from scripts.planning.training_ranges import learn_training_ranges
 from scripts.utils.errors import UserError
 
 RANGES = {
@@ -34,34 +41,26 @@ RANGES = {
     ],
 )
 def test_what_is_outside_the_range_of_training_and_its_margin_is_said(name, inside, outside):
-    assert all(unfamiliar({name: value}, RANGES) == [] for value in inside)
+    assert all(out_of_range({name: value}, RANGES) == [] for value in inside)
     for value in outside:
-        (said,) = unfamiliar({name: value}, RANGES)
+        (said,) = out_of_range({name: value}, RANGES)
         assert said == f"{name} is {value:.3g}, in training {RANGES[name][0]:.3g} to {RANGES[name][1]:.3g}"
 
 
 def test_what_training_does_not_know_is_not_judged():
-    assert unfamiliar({"extent q (mm)": 1e9}, RANGES) == []
+    assert out_of_range({"extent q (mm)": 1e9}, RANGES) == []
 
 
 @pytest.fixture(scope="module")
 def ranges(phantom_dir, tmp_path_factory):
     """Of the cases that fold 0 trains on."""
-    memory = str(tmp_path_factory.mktemp("memory") / "checked.json")
-    return learn(training_cases(str(phantom_dir), 0), 1, read_labels(str(phantom_dir)).values, memory)
-
-
-def test_ranges_hold_every_training_case(ranges):
-    assert {name.split(" (")[0] for name in ranges} == {
-        "spacing x", "spacing y", "spacing z", "extent x", "extent y", "extent z",
-        "contrast of channel 0", "volume of label 1", "volume of label 2", "volume of label 3",
-    }  # fmt: skip
-    assert all(low <= high for low, high in ranges.values())
+    file = str(tmp_path_factory.mktemp("fingerprint") / "fingerprint.json")
+    return learn_training_ranges(training_cases(str(phantom_dir), 0), 1, read_labels(str(phantom_dir)).values, file)
 
 
 @pytest.fixture(scope="module")
 def segmented(trained, phantom_dir, tmp_path_factory):
-    """What the command printed, and the report by scan."""
+    """Segment three scans by the command: what it printed, and the report by scan."""
     folder = tmp_path_factory.mktemp("scans")
     image = nib.load(cases(phantom_dir)[0]["image"])
     voxels = np.asanyarray(image.dataobj).astype(np.float32)
@@ -83,7 +82,7 @@ class TestInference:
     """Through the command line, with the weights of a short training."""
 
     def test_training_leaves_the_ranges_of_its_cases(self, trained, ranges):
-        assert json.loads((trained / "model.json").read_text())["familiar"] == ranges
+        assert json.loads((trained / "model.json").read_text())["training_ranges"] == ranges
 
     def test_a_scan_as_in_training_has_its_measures_in_the_report(self, segmented):
         row = segmented[1]["as_trained.nii.gz"]
@@ -129,7 +128,7 @@ def test_volumes_are_those_of_the_mask_in_millilitres():
     mask = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
     mask[:, :5] = 7
     mask = MetaTensor(mask, affine=torch.diag(torch.tensor([-2.0, 1.0, 0.5, 1.0])), meta={"measured": {}})
-    meta = Familiard("pred", {"volume of label 7 (ml)": [1.1, 1.2]}, [0, 7])({"pred": mask})["pred"].meta
+    meta = CompareWithTrainingd("pred", {"volume of label 7 (ml)": [1.1, 1.2]}, [0, 7])({"pred": mask})["pred"].meta
     assert meta["measured"] == {"volume of label 7 (ml)": 0.5}
     assert meta[UNLIKE] == ["volume of label 7 (ml) is 0.5, in training 1.1 to 1.2"]
 
@@ -138,10 +137,10 @@ class TestReport:
     """What happens to the file of an earlier run."""
 
     def run(self, folder, scan, **measured):
-        """As the evaluator does, for one scan."""
+        """Report one scan as the evaluator does."""
         mask = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"filename_or_obj": scan, "measured": measured, UNLIKE: []})
         engine = Engine(lambda engine, batch: [{"pred": mask}])
-        FamiliarityReport(str(folder)).attach(engine)
+        InferenceReport(str(folder)).attach(engine)
         engine.run([0])
         with open(folder / "report.csv", newline="") as file:
             return {row["scan"]: row for row in csv.DictReader(file)}
@@ -178,10 +177,12 @@ def test_real_scans_of_one_data_set_are_alike_and_another_s_are_not(tmp_path):
         folder = str(SHARED / name)
         labels = read_labels(folder)
         channels = len(channel_names(folder))
-        return learn(cases(folder), channels, labels.values, str(tmp_path / f"{name}.json"), labels.ignore)
+        return learn_training_ranges(
+            cases(folder), channels, labels.values, str(tmp_path / f"{name}.json"), labels.ignore
+        )
 
     hippocampus, brains = learned("Task04_Hippocampus"), learned("Dataset902_FetalBrain")
     image = {name: limits[0] for name, limits in hippocampus.items()}
-    assert unfamiliar(image, hippocampus) == []
+    assert out_of_range(image, hippocampus) == []
     other = {name: limits[1] for name, limits in brains.items()}
-    assert any("extent" in said for said in unfamiliar(other, hippocampus))
+    assert any("extent" in said for said in out_of_range(other, hippocampus))

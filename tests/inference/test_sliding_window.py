@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from monai import inferers
 from monai.data import MetaTensor
-from monai.inferers import SlidingWindowInferer
 from scipy.ndimage import gaussian_filter
 
-from scripts.inference.sliding_window import SlabSlidingWindowInferer, nnunet_starts, nnunet_weights
+from scripts.inference.sliding_window import SlidingWindowInferer, nnunet_starts, nnunet_weights
 from scripts.kernels.cpu import bfloat16_pays
 from scripts.preprocessing.resampling import LabelsOnScanGridd
 from scripts.utils.errors import UserError
@@ -44,14 +44,14 @@ def scan(*size: int) -> torch.Tensor:
 def test_logits_are_those_of_monai(size, roi, overlap):
     torch.manual_seed(0)
     image = torch.randn(2, 1, *size, dtype=torch.float64)
-    expected = SlidingWindowInferer(roi, overlap=overlap, mode="gaussian")(image, network)
-    torch.testing.assert_close(SlabSlidingWindowInferer(roi, overlap)(image, network), expected, rtol=1e-12, atol=1e-12)
+    expected = inferers.SlidingWindowInferer(roi, overlap=overlap, mode="gaussian")(image, network)
+    torch.testing.assert_close(SlidingWindowInferer(roi, overlap)(image, network), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_large_results_are_half_precision_roundings_of_the_small_ones():
     image = scan(40, 30, 20).float()
-    full = SlabSlidingWindowInferer(ROI, 0.5)(image, network)
-    half = SlabSlidingWindowInferer(ROI, 0.5, full_precision_gb=0)(image, network)
+    full = SlidingWindowInferer(ROI, 0.5)(image, network)
+    half = SlidingWindowInferer(ROI, 0.5, full_precision_gb=0)(image, network)
     assert (full.dtype, half.dtype) == (torch.float32, torch.float16)
     assert torch.equal(half, full.half())
 
@@ -64,27 +64,31 @@ class TestLabelsEarly:
         meta = {"original_affine": stored, "spatial_shape": np.array(shape)}
         return MetaTensor(scan(*shape)[0].float(), affine=affine, meta=meta)
 
-    @pytest.mark.parametrize("painted", [None, (1, 300, 2)])
-    @pytest.mark.parametrize("tiles", ["monai", "nnunet"])
-    def test_a_flipped_and_cropped_scan_gets_the_labels_of_its_scores(self, tiles, painted):
+    @pytest.mark.parametrize("region_order", [None, (1, 300, 2)])
+    @pytest.mark.parametrize("window_scheme", ["monai", "nnunet"])
+    def test_a_flipped_and_cropped_scan_gets_the_labels_of_its_scores(self, window_scheme, region_order):
         stored = np.array([[0, 2.0, 0, 5], [-2.0, 0, 0, 3], [0, 0, 3.0, 1], [0, 0, 0, 1]])
         turned = stored @ np.array([[0, 1, 0, 3], [-1, 0, 0, 38], [0, 0, 1, 2], [0, 0, 0, 1.0]])
         image = self.scan_of(turned, stored, (33, 38, 19))
         image.meta["spatial_shape"] = np.array([40, 40, 24])
-        back = LabelsOnScanGridd("pred", painted=painted)
-        options = {"activation": "softmax" if painted is None else "sigmoid", "tiles": tiles, "painted": painted}
-        scores = SlabSlidingWindowInferer(ROI, **options)(image[None], network)[0]
-        labels = SlabSlidingWindowInferer(ROI, labels_early=True, **options)(image[None], network)[0]
+        back = LabelsOnScanGridd("pred", region_order=region_order)
+        options = {
+            "activation": "softmax" if region_order is None else "sigmoid",
+            "window_scheme": window_scheme,
+            "region_order": region_order,
+        }
+        scores = SlidingWindowInferer(ROI, **options)(image[None], network)[0]
+        labels = SlidingWindowInferer(ROI, labels_early=True, **options)(image[None], network)[0]
         assert scores.dtype == torch.float32
         assert scores.shape == (3, 33, 38, 19)
-        assert labels.dtype == (torch.uint8 if painted is None else torch.int16)
+        assert labels.dtype == (torch.uint8 if region_order is None else torch.int16)
         assert labels.shape == (1, 33, 38, 19)
         expected, found = (back({"image": image, "pred": pred})["pred"] for pred in (scores, labels))
         assert len(expected.unique()) > 2
         assert torch.equal(found, expected)
 
     def test_a_scan_that_was_resampled_keeps_its_scores(self):
-        inferer = SlabSlidingWindowInferer(ROI, activation="softmax", labels_early=True)
+        inferer = SlidingWindowInferer(ROI, activation="softmax", labels_early=True)
         resampled = self.scan_of(np.diag([1.0, 1, 1, 1]), np.diag([0.8, 0.8, 1, 1]))
         assert inferer(resampled[None], network).shape == (1, 3, 40, 33, 21)
         assert inferer(resampled[None].as_tensor(), network).shape == (1, 3, 40, 33, 21)
@@ -134,23 +138,23 @@ class TestNnunetTiles:
             at = tuple(slice(a, a + 16) for a in start)
             sums[(slice(None), *at)] += network(torch.from_numpy(padded[at])[None, None])[0].numpy() * weight
             weights[at] += weight
-        found = SlabSlidingWindowInferer(ROI, 0.5, tiles="nnunet")(image, network)
+        found = SlidingWindowInferer(ROI, 0.5, window_scheme="nnunet")(image, network)
         np.testing.assert_allclose(found[0], (sums / weights)[(slice(None), *inside)], rtol=1e-9, atol=1e-12)
 
 
 class TestAveraging:
     """What is averaged, and over what."""
 
-    @pytest.mark.parametrize("tiles", ["monai", "nnunet"])
+    @pytest.mark.parametrize("window_scheme", ["monai", "nnunet"])
     @pytest.mark.parametrize(
         ("activation", "activate"), [("softmax", lambda x: torch.softmax(x, 1)), ("sigmoid", torch.sigmoid)]
     )
-    def test_probabilities_of_windows_are_averaged_not_their_logits(self, tiles, activation, activate):
+    def test_probabilities_of_windows_are_averaged_not_their_logits(self, window_scheme, activation, activate):
         image = scan(40, 33, 21)
-        found = SlabSlidingWindowInferer(ROI, activation=activation, tiles=tiles)(image, network)
-        expected = SlabSlidingWindowInferer(ROI, tiles=tiles)(image, lambda x: activate(network(x)))
+        found = SlidingWindowInferer(ROI, activation=activation, window_scheme=window_scheme)(image, network)
+        expected = SlidingWindowInferer(ROI, window_scheme=window_scheme)(image, lambda x: activate(network(x)))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        late = activate(SlabSlidingWindowInferer(ROI, tiles=tiles)(image, network))
+        late = activate(SlidingWindowInferer(ROI, window_scheme=window_scheme)(image, network))
         assert (found - late).abs().max() > 0.01
 
     @pytest.mark.parametrize("axes", [[0], [2, 0], [0, 1, 2]])
@@ -162,14 +166,14 @@ class TestAveraging:
             assert len(flips) == 2 ** len(axes)
             return torch.stack([network(window.flip(f)).softmax(1).flip(f) for f in flips]).mean(0)
 
-        found = SlabSlidingWindowInferer(ROI, activation="softmax", mirror_axes=axes)(image, network)
-        torch.testing.assert_close(found, SlabSlidingWindowInferer(ROI)(image, mirrored), rtol=1e-12, atol=1e-12)
-        assert (found - SlabSlidingWindowInferer(ROI, activation="softmax")(image, network)).abs().max() > 0.01
+        found = SlidingWindowInferer(ROI, activation="softmax", mirror_axes=axes)(image, network)
+        torch.testing.assert_close(found, SlidingWindowInferer(ROI)(image, mirrored), rtol=1e-12, atol=1e-12)
+        assert (found - SlidingWindowInferer(ROI, activation="softmax")(image, network)).abs().max() > 0.01
 
     def test_a_half_precision_network_is_averaged_in_the_precision_of_the_image(self):
         image = scan(40, 20, 20).float()
-        found = SlabSlidingWindowInferer(ROI, activation="sigmoid", mirror_axes=[0])(image, lambda x: network(x).half())
-        exact = SlabSlidingWindowInferer(ROI)(
+        found = SlidingWindowInferer(ROI, activation="sigmoid", mirror_axes=[0])(image, lambda x: network(x).half())
+        exact = SlidingWindowInferer(ROI)(
             image,
             lambda x: (network(x).half().float().sigmoid() + network(x.flip(2)).half().float().sigmoid().flip(2)) / 2,
         )
@@ -177,14 +181,14 @@ class TestAveraging:
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
 
     def test_further_arguments_reach_the_network(self):
-        found = SlabSlidingWindowInferer(ROI)(scan(20, 20, 20), lambda x, a, b: x * a + b, 2.0, b=1.0)
+        found = SlidingWindowInferer(ROI)(scan(20, 20, 20), lambda x, a, b: x * a + b, 2.0, b=1.0)
         torch.testing.assert_close(found, scan(20, 20, 20) * 2 + 1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tiles": "nnU-Net"}, "tiles is 'nnU-Net'; expected one of monai, nnunet"),
+        ({"window_scheme": "nnU-Net"}, "window_scheme is 'nnU-Net'; expected one of monai, nnunet"),
         ({"cpu_precision": "half"}, "cpu_precision is 'half'; expected one of auto, float32, bfloat16"),
         ({"mirror_axes": [1, 3]}, r"mirror_axes is \[1, 3\]; expected some of 0, 1, 2, each once"),
         ({"mirror_axes": [0, 0]}, r"mirror_axes is \[0, 0\]; expected some of 0, 1, 2, each once"),
@@ -192,7 +196,7 @@ class TestAveraging:
 )
 def test_a_setting_that_cannot_be_is_named(options, message):
     with pytest.raises(UserError, match=message):
-        SlabSlidingWindowInferer(ROI, **options)
+        SlidingWindowInferer(ROI, **options)
 
 
 @pytest.mark.parametrize(("precision", "half"), [("float32", False), ("bfloat16", True), ("auto", bfloat16_pays())])
@@ -203,16 +207,14 @@ def test_the_precision_on_a_cpu_is_the_chosen_one_and_averages_are_float32(preci
         seen.add((torch.is_autocast_enabled("cpu"), x.dtype))
         return torch.nn.functional.conv3d(x, torch.ones(2, 1, 1, 1, 1))
 
-    found = SlabSlidingWindowInferer(ROI, cpu_precision=precision, activation="softmax")(
-        scan(20, 20, 20).float(), network
-    )
+    found = SlidingWindowInferer(ROI, cpu_precision=precision, activation="softmax")(scan(20, 20, 20).float(), network)
     assert seen == {(half, torch.float32)}
     assert found.dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("tiles", ["monai", "nnunet"])
-def test_a_flat_window_shows_a_2d_network_every_slice_once(tiles):
+@pytest.mark.parametrize("window_scheme", ["monai", "nnunet"])
+def test_a_flat_window_shows_a_2d_network_every_slice_once(window_scheme):
     torch.manual_seed(0)
     image, network, seen = torch.randn(1, 2, 20, 24, 5), torch.nn.Conv2d(2, 3, 3, padding=1), []
 
@@ -220,6 +222,6 @@ def test_a_flat_window_shows_a_2d_network_every_slice_once(tiles):
         seen.append(x.shape)
         return network(x)
 
-    found = SlabSlidingWindowInferer([20, 24, 1], tiles=tiles)(image, shown)
+    found = SlidingWindowInferer([20, 24, 1], window_scheme=window_scheme)(image, shown)
     assert seen == [(1, 2, 20, 24)] * 5
     torch.testing.assert_close(found, torch.stack([network(image[..., z]) for z in range(5)], dim=-1))

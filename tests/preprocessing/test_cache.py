@@ -24,8 +24,10 @@ from monai.data.utils import set_rnd
 from monai.transforms import ClassesToIndicesd, Compose, LoadImaged, MapTransform, RandFlipd, SaveImaged, SpatialCropd
 
 from scripts.data.datasets import cases
-from scripts.preprocessing.cache import PreparedDataset, thread_count
-from scripts.preprocessing.resampling import CheckScand, GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd, LabelWriter
+from scripts.inference.export import LabelWriter
+from scripts.preprocessing.cache import CachedDataset, thread_count
+from scripts.preprocessing.resampling import GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd
+from scripts.preprocessing.scan_check import CheckScand
 from scripts.utils.errors import UserError
 
 SPACING = (1.0, 1.0, 1.0)
@@ -43,7 +45,7 @@ dataset(scans, prepared).prepare()
 
 
 def stages(spacing: tuple = SPACING) -> list[list]:
-    """An image's stage and its label's."""
+    """Make an image's stage and its label's."""
     load = {"reader": "NibabelReader", "ensure_channel_first": True}
     grid = {"pixdim": spacing, "mode": 3, "padding_mode": "nearest", "scale_extent": True, "align_corners": False}
     return [
@@ -63,14 +65,14 @@ class Countingd(MapTransform):
 
 
 class Threadsd(MapTransform):
-    """How many threads torch computes with."""
+    """Says how many threads torch computes with."""
 
     def __call__(self, data: dict) -> dict:
         return data | {key: torch.get_num_threads() for key in self.keys}
 
 
 def folder_of_cases(folder: Path, count: int = 1, shape: tuple = (20, 18, 12)) -> Path:
-    """Scans of 1.2 x 1 x 2 mm in `folder`."""
+    """Save scans of 1.2 x 1 x 2 mm in `folder`."""
     for index in range(count):
         random = np.random.default_rng(index)
         image = random.normal(size=shape).astype(np.float32)
@@ -79,10 +81,10 @@ def folder_of_cases(folder: Path, count: int = 1, shape: tuple = (20, 18, 12)) -
     return folder
 
 
-def dataset(scans: Path, folder: object, spacing: tuple = SPACING, transform: tuple = ()) -> PreparedDataset:
+def dataset(scans: Path, folder: object, spacing: tuple = SPACING, transform: tuple = ()) -> CachedDataset:
     files = sorted((scans / "images").iterdir())
     data = [{"case": p.stem, "image": str(p), "label": str(scans / "labels" / p.name)} for p in files]
-    return PreparedDataset(data, stages(spacing), str(folder), spacing, transform)
+    return CachedDataset(data, stages(spacing), str(folder), spacing, transform)
 
 
 def made(folder: Path) -> dict[Path, int]:
@@ -102,7 +104,7 @@ def scans(tmp_path) -> Path:
 
 @pytest.fixture
 def prepared(scans, tmp_path) -> Path:
-    """The folder with the case of `scans`: an entry for its image, one for its label."""
+    """Cache the case of `scans`, an entry for its image and one for its label, and return the folder."""
     dataset(scans, tmp_path / "prepared").prepare()
     assert len(made(tmp_path / "prepared")) == 2
     return tmp_path / "prepared"
@@ -110,7 +112,7 @@ def prepared(scans, tmp_path) -> Path:
 
 @pytest.fixture
 def one_thread():
-    """Sums in one order, as they are prepared."""
+    """Sum in one order, as is done while cases are prepared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -141,7 +143,7 @@ class TestTransformsOfTheBundle:
     def test_training_samples_are_the_same_bit_for_bit(self, config, phantom_dir, tmp_path, one_thread):
         fixed, label, on_grid, random = parts(config)
         data = cases(str(phantom_dir))
-        ours = PreparedDataset(data, [fixed, label + on_grid], str(tmp_path), SPACING, random)
+        ours = CachedDataset(data, [fixed, label + on_grid], str(tmp_path), SPACING, random)
         theirs = Dataset(data, fixed + label + on_grid)
         for draw, index in enumerate([0, 1, 2, 3, 4, 1]):
             foreground = draw % 2 == 0
@@ -157,7 +159,7 @@ class TestTransformsOfTheBundle:
     def test_validation_cases_go_back_to_the_scan_as_from_the_files(self, config, phantom_dir, tmp_path, one_thread):
         fixed, label, *_ = parts(config)
         data = cases(str(phantom_dir))[:2]
-        ours = PreparedDataset(data, [fixed], str(tmp_path / "prepared"), SPACING, label)
+        ours = CachedDataset(data, [fixed], str(tmp_path / "prepared"), SPACING, label)
         written = []
         for name, source in (("ours", ours), ("theirs", Dataset(data, fixed + label))):
             save_mask = SaveImaged(
@@ -184,9 +186,9 @@ class TestTransformsOfTheBundle:
     def test_training_and_validation_share_the_images(self, config, phantom_dir, tmp_path):
         fixed, label, on_grid, _ = parts(config)
         data = cases(str(phantom_dir))[:2]
-        PreparedDataset(data, [fixed, label + on_grid], str(tmp_path), SPACING).prepare()
+        CachedDataset(data, [fixed, label + on_grid], str(tmp_path), SPACING).prepare()
         before = made(tmp_path)
-        PreparedDataset(data, [fixed], str(tmp_path), SPACING, label).prepare()
+        CachedDataset(data, [fixed], str(tmp_path), SPACING, label).prepare()
         assert len(before) == 4
         assert made(tmp_path) == before
 
@@ -248,7 +250,7 @@ class TestKey:
     def test_a_transform_that_notes_things_down_in_itself_stays_the_same(self, scans, tmp_path):
         counting, data = [Countingd("case")], dataset(scans, tmp_path).data
         for _ in range(2):
-            assert PreparedDataset(data, [counting], str(tmp_path), SPACING)[0]["case"] == "0 1"
+            assert CachedDataset(data, [counting], str(tmp_path), SPACING)[0]["case"] == "0 1"
         assert len(made(tmp_path)) == 1
 
     def test_an_entry_holds_what_its_stage_made_and_no_more(self, scans, prepared):
@@ -259,7 +261,7 @@ class TestKey:
 
     def test_random_transforms_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="RandFlipd is random; it belongs into `transform`"):
-            PreparedDataset([], [[RandFlipd("image")]], str(tmp_path), SPACING)
+            CachedDataset([], [[RandFlipd("image")]], str(tmp_path), SPACING)
 
 
 class TestSharing:
@@ -372,7 +374,7 @@ class TestReading:
             LoadImaged("image", ensure_channel_first=True),
             SpatialCropd("image", roi_start=[0] * 3, roi_end=[2] * 3),
         ]
-        part = PreparedDataset(dataset(scans, tmp_path).data, [crop], str(tmp_path), SPACING)
+        part = CachedDataset(dataset(scans, tmp_path).data, [crop], str(tmp_path), SPACING)
         assert part[0]["image"].shape == (1, 2, 2, 2)
         assert part[0]["image"].untyped_storage().nbytes() == 4 * 8
 
@@ -391,7 +393,7 @@ class TestReading:
         save(tmp_path / "large.nii", np.ones((256, 256, 256), np.float32))
         data = [{"case": "a", "image": str(tmp_path / "large.nii")}]
         load = [LoadImaged("image", ensure_channel_first=True)]
-        source = PreparedDataset(data, [load], str(tmp_path / "prepared"), SPACING)
+        source = CachedDataset(data, [load], str(tmp_path / "prepared"), SPACING)
         source.prepare()
         before = resident()
         image = source[0]["image"]
@@ -405,7 +407,7 @@ class TestReading:
     def test_each_case_is_computed_by_one_thread_and_torch_has_its_own_back(self, scans, tmp_path, one_thread):
         torch.set_num_threads(3)
         assert (
-            PreparedDataset(dataset(scans, tmp_path).data, [[Threadsd("case")]], str(tmp_path), SPACING)[0]["case"] == 1
+            CachedDataset(dataset(scans, tmp_path).data, [[Threadsd("case")]], str(tmp_path), SPACING)[0]["case"] == 1
         )
         assert torch.get_num_threads() == 3
 

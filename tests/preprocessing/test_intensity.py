@@ -23,7 +23,7 @@ def image(channels: int = 1) -> torch.Tensor:
 
 def normalised(voxels: torch.Tensor, intensity) -> torch.Tensor:
     data = {"image": voxels}
-    for stage in ("stored", "grid"):  # as in the configs, with the resampling between them
+    for stage in ("native", "resampled"):  # as in the configs, with the resampling between them
         data = Intensityd("image", intensity, stage)(data)
     return data["image"]
 
@@ -104,9 +104,9 @@ def test_nothing_is_cropped_where_it_is_off_or_all_is_zero():
 def test_what_rings_around_a_mask_on_the_grid_is_zero_again():
     image = torch.zeros(2, 24, 24, 24)
     image[:, 8:16, 8:16, 8:16] = torch.randint(1, 3, (2, 8, 8, 8)).float()
-    stored = Intensityd("image", "zscore_nonzero", "stored")({"image": image})["image"]
+    stored = Intensityd("image", "zscore_nonzero", "native")({"image": image})["image"]
     ringing = stored + 0.004 * torch.randn_like(stored).clamp(-2, 2) * (stored == 0)
-    cleared = Intensityd("image", "zscore_nonzero", "grid")({"image": ringing})["image"]
+    cleared = Intensityd("image", "zscore_nonzero", "resampled")({"image": ringing})["image"]
     assert torch.equal(cleared, stored)
     assert ringing.count_nonzero() > stored.count_nonzero()  # the input is left as it was
 

@@ -29,7 +29,7 @@ def test_settings_beside_weights_override_defaults(tmp_path):
 class TestTrainingRun:
     """The life of a small network's files."""
 
-    def run_of(self, folder, resume=False, epochs=10, keep="best"):
+    def run_of(self, folder, resume=False, epochs=10, selection="best"):
         network = torch.nn.Linear(2, 1)
         optimizer = torch.optim.AdamW(network.parameters(), lr=1.0)
         scheduler = polynomial(optimizer, epochs)
@@ -37,11 +37,11 @@ class TestTrainingRun:
         trainer = SimpleNamespace(
             state=SimpleNamespace(epoch=0, iteration=0, epoch_length=5, max_epochs=epochs), scaler=None
         )
-        return TrainingRun(folder, network, optimizer, scheduler, evaluator, {"size": "S"}, keep, resume), trainer
+        return TrainingRun(folder, network, optimizer, scheduler, evaluator, {"size": "S"}, selection, resume), trainer
 
     def validate(self, run, epoch, dice):
         run.evaluator.state.epoch, run.evaluator.state.metrics = epoch, {"dice": dice}
-        run.keep_weights(run.evaluator)
+        run.save_weights(run.evaluator)
 
     def test_only_better_weights_replace_the_best(self, tmp_path):
         run, _ = self.run_of(tmp_path)
@@ -52,14 +52,14 @@ class TestTrainingRun:
         assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 2, "dice": 0.7}
 
     def test_the_last_weights_are_kept_if_asked_for(self, tmp_path):
-        run, _ = self.run_of(tmp_path, keep="last")
+        run, _ = self.run_of(tmp_path, selection="last")
         for epoch, dice in ((1, 0.7), (2, 0.5)):
             torch.nn.init.constant_(run.network.weight, epoch)
             self.validate(run, epoch, dice)
         assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 2
         assert json.loads((tmp_path / "model.json").read_text())["dice"] == 0.5
-        with pytest.raises(UserError, match="keep is 'first'; expected best or last"):
-            self.run_of(tmp_path, keep="first")
+        with pytest.raises(UserError, match="checkpoint_selection is 'first'; expected best or last"):
+            self.run_of(tmp_path, selection="first")
 
     def test_weights_are_kept_even_if_no_case_can_be_scored(self, tmp_path):
         run, _ = self.run_of(tmp_path)
@@ -75,7 +75,7 @@ class TestTrainingRun:
         run.optimizer.step()
         run.lr_scheduler.step()
         trainer.state.epoch = 3
-        run.save(trainer)
+        run.save_state(trainer)
 
         again, restarted = self.run_of(tmp_path, resume=True)
         again.start(restarted)
@@ -94,7 +94,7 @@ class TestTrainingRun:
             run.optimizer.step()
             run.lr_scheduler.step()
         trainer.state.epoch = 5
-        run.save(trainer)
+        run.save_state(trainer)
         again, restarted = self.run_of(tmp_path, resume=True, epochs=20)
         again.start(restarted)
         assert again.optimizer.param_groups[0]["lr"] == pytest.approx((1 - 5 / 20) ** 0.9)
@@ -104,7 +104,7 @@ class TestTrainingRun:
 
     def test_resuming_takes_the_learning_rate_of_the_command(self, tmp_path):
         run, trainer = self.run_of(tmp_path)
-        run.save(trainer)
+        run.save_state(trainer)
         again, restarted = self.run_of(tmp_path, resume=True)
         again.lr_scheduler.base_lrs = [0.25]
         again.start(restarted)
@@ -112,7 +112,7 @@ class TestTrainingRun:
 
     def test_resuming_with_other_groups_of_weights_is_refused(self, tmp_path):
         run, trainer = self.run_of(tmp_path)
-        run.save(trainer)
+        run.save_state(trainer)
         again, restarted = self.run_of(tmp_path, resume=True)
         again.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
         with pytest.raises(UserError, match="checkpoint.pt does not fit .*resume with the --freeze and --layer_decay"):
@@ -121,7 +121,7 @@ class TestTrainingRun:
     def test_a_new_run_keeps_what_an_earlier_one_left(self, tmp_path):
         run, trainer = self.run_of(tmp_path)
         self.validate(run, 1, 0.7)
-        run.save(trainer)
+        run.save_state(trainer)
         old = load_checkpoint(tmp_path / "model.pt")["weight"]
         (tmp_path / "postprocessing.json").write_text("{}")
         new, restarted = self.run_of(tmp_path)

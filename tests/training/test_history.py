@@ -17,12 +17,12 @@ from monai.transforms import AsDiscreted, LoadImaged
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.training.handlers import LastEpochToo
-from scripts.training.history import EpochReport, History, ValidationReport, WriteHistory, draw, read, smooth
+from scripts.training.history import EpochReport, TrainingLog, ValidationReport, WriteTrainingLog, read_log
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict:
-    """A scan and its label of two classes."""
+    """Save a scan and its label of two classes."""
     folder = tmp_path_factory.mktemp("files")
     label = np.zeros((8, 8, 4), np.uint8)
     label[2:6, 2:6] = 1
@@ -32,21 +32,21 @@ def files(tmp_path_factory) -> dict:
 
 
 def train(folder, files, epochs: int, start: int = 0) -> None:
-    """Trains a network of one voxel from behind epoch `start`, validating every other epoch."""
+    """Train a network of one voxel from behind epoch `start`, validating every other epoch."""
     torch.manual_seed(0)
-    network, history = torch.nn.Conv3d(1, 3, 1), History(str(folder))
+    network, log = torch.nn.Conv3d(1, 3, 1), TrainingLog(str(folder))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.25)
     loader = DataLoader(Dataset([files], LoadImaged(("image", "label"), ensure_channel_first=True)), batch_size=1)
     dice = MeanDice(include_background=False, num_classes=3, output_transform=from_engine(["pred", "label"]))
     evaluator = SupervisedEvaluator(
         "cpu", loader, network, postprocessing=AsDiscreted("pred", argmax=True), key_val_metric={"dice": dice},
-        val_handlers=[ValidationReport(history, ["organ", "tumour"])],
+        val_handlers=[ValidationReport(log, ["organ", "tumour"])],
     )  # fmt: skip
-    report, validation = EpochReport(history, optimizer, batch_size=2), LastEpochToo(2, evaluator)
+    report, validation = EpochReport(log, optimizer, batch_size=2), LastEpochToo(2, evaluator)
     batch = {"image": torch.ones(1, 1, 2, 2, 2), "label": torch.zeros(1)}
     trainer = SupervisedTrainer(
         "cpu", epochs, [batch] * 3, network, optimizer, loss_function=lambda pred, _: 0 * pred.sum() + 1.5,
-        train_handlers=[report, validation, WriteHistory(history)], decollate=False,
+        train_handlers=[report, validation, WriteTrainingLog(log)], decollate=False,
     )  # fmt: skip
     trainer.state.epoch, trainer.state.iteration = start, 3 * start
     trainer.run()
@@ -69,7 +69,7 @@ def run(files, tmp_path_factory):
 
 def test_the_lines_have_the_numbers_of_the_table(run):
     folder, lines = run
-    rows = read(folder / "progress.csv")
+    rows = read_log(folder / "progress.csv")
     assert [line.split()[0] for line in lines] == ["epoch", "epoch", "validation", "epoch", "validation"]
     assert re.fullmatch(r"epoch 1/3  loss 1\.5000  lr 2\.50e-01  .* s  .* samples/s  waiting for data .* %", lines[0])
     assert rows[0]["train/loss"] == 1.5
@@ -80,7 +80,7 @@ def test_the_lines_have_the_numbers_of_the_table(run):
 
 
 def test_every_epoch_has_a_row_and_those_with_a_validation_its_dice(run):
-    rows = read(run[0] / "progress.csv")
+    rows = read_log(run[0] / "progress.csv")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert ["validation/dice" in row for row in rows] == [False, True, True]
     assert rows[0]["train/samples_per_second"] == pytest.approx(3 * 2 / rows[0]["train/seconds"])
@@ -89,7 +89,7 @@ def test_every_epoch_has_a_row_and_those_with_a_validation_its_dice(run):
 def test_tensorboard_has_the_table_and_a_picture_of_every_validation(run):
     folder, _ = run
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
-    rows = read(folder / "progress.csv")
+    rows = read_log(folder / "progress.csv")
     names = {name for row in rows for name in row} - {"epoch"}
     assert set(events.Tags()["scalars"]) == names
     for name in names:
@@ -104,9 +104,9 @@ def test_the_picture_is_drawn(run):
 
 def test_a_resumed_run_goes_on_in_the_table_and_forgets_what_came_after_its_checkpoint(files, tmp_path):
     train(tmp_path, files, epochs=3)
-    before = read(tmp_path / "progress.csv")
+    before = read_log(tmp_path / "progress.csv")
     train(tmp_path, files, epochs=4, start=1)
-    after = read(tmp_path / "progress.csv")
+    after = read_log(tmp_path / "progress.csv")
     assert [row["epoch"] for row in after] == [1, 2, 3, 4]
     assert after[0] == before[0]
     assert after[1] != before[1]  # its own seconds
@@ -117,23 +117,4 @@ def test_a_resumed_run_goes_on_in_the_table_and_forgets_what_came_after_its_chec
 def test_a_run_from_the_start_forgets_all_that_was_there(files, tmp_path):
     train(tmp_path, files, epochs=3)
     train(tmp_path, files, epochs=1)
-    assert [row["epoch"] for row in read(tmp_path / "progress.csv")] == [1]
-
-
-def test_smoothing_is_nnunets_moving_average():
-    assert smooth([0.5, 1.0, 1.0]) == pytest.approx([0.5, 0.55, 0.595])
-    assert smooth([]) == []
-
-
-@pytest.mark.parametrize("name", ["T$^$1", "a/b", "神经"])
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_any_class_name_is_drawn(name, tmp_path):
-    draw([{"epoch": 1, "validation/dice": 0.5, f"validation/dice_{name}": 0.5}], tmp_path / "progress.png")
-    assert imread(tmp_path / "progress.png").shape[2] == 4
-
-
-def test_a_score_that_is_nan_is_drawn_as_none(tmp_path):
-    dice = [{"epoch": epoch, "validation/dice": value} for epoch, value in ((1, 0.5), (2, np.nan), (3, 0.7))]
-    draw(dice, tmp_path / "nan.png")
-    draw([dice[0], {"epoch": 2}, dice[2]], tmp_path / "none.png")
-    assert (tmp_path / "nan.png").read_bytes() == (tmp_path / "none.png").read_bytes()
+    assert [row["epoch"] for row in read_log(tmp_path / "progress.csv")] == [1]

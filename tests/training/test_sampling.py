@@ -46,7 +46,7 @@ class TestRandPatch:
         cut.set_random_state(seed=1)
         data = {"image": torch.arange(np.prod(shape)).reshape(1, *shape), "label_cls_indices": indices or [[], []]}
         data["foreground"], data["label"] = forced, label
-        return np.array([cut.randomize(data) for _ in range(count)]), cut(data)["image"], data
+        return np.array([cut.first_voxel(data) for _ in range(count)]), cut(data)["image"], data
 
     def test_random_patches_reach_half_the_overhang_on_both_sides(self):
         starts, _, _ = self.draw(4000)
@@ -78,11 +78,11 @@ class TestRandPatch:
         one = [int(np.ravel_multi_index((11, 12, 20), (20, 30, 40)))]  # what a cap on the indices would leave of each
         far = [int(np.ravel_multi_index((19, 12, 20), (20, 30, 40)))]
         data = {"image": label.float(), "label": label, "label_cls_indices": [one, one, far], "foreground": False}
-        starts = np.array([cut.randomize(data) for _ in range(1000)])
+        starts = np.array([cut.first_voxel(data) for _ in range(1000)])
         assert set(starts[:, 0]) == {2, 3}
         share = (starts[:, 0] == 3).mean()
         assert abs(share - 1 / 11) < 4 * np.sqrt(10 / 121 / 1000)
-        forced = np.array([cut.randomize({**data, "foreground": True}) for _ in range(50)])
+        forced = np.array([cut.first_voxel({**data, "foreground": True}) for _ in range(50)])
         assert set(forced[:, 0]) == {3}
 
     def test_a_scan_that_nobody_annotated_is_drawn_from_anywhere(self):

@@ -1,0 +1,94 @@
+"""The tables of an evaluation: a row a case and class, their summary, and both as JSON for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS = ("dice", "nsd", "hd95_mm")
+
+logger = logging.getLogger("mednext")
+
+
+def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str], tolerance: float) -> None:
+    """Write `cases.csv`, `summary.csv` and `summary.json`, and log the summary.
+
+    Args:
+        folder: where to write.
+        rows: those of `metrics.score_case`, each with its "case".
+        names: names of the classes, in their order.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
+    """
+    folder = Path(folder)
+    rows = sorted(rows, key=lambda row: (row["case"], list(names).index(row["label"])))
+    summary = summarise(rows, names)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in (("cases", rows), ("summary", summary)):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            columns = list(dict.fromkeys(["case", "label", *METRICS, *table[0]] if name == "cases" else table[0]))
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(table)
+    content = {"nsd_tolerance_mm": tolerance, "summary": summary, "cases": rows}
+    (folder / "summary.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
+    for entry in summary:
+        logger.info(
+            "%-20s Dice %.4f  NSD@%g mm %.4f  HD95 %.2f mm  (%d cases, %d empty in both, %d empty in one)",
+            entry["label"], entry["dice"], tolerance, entry["nsd"], entry["hd95_mm"],
+            entry["cases"], entry["empty_in_both"], entry["empty_in_one"],
+        )  # fmt: skip
+    logger.info("scores are in %s", folder)
+
+
+def without_nan(value: Any) -> Any:
+    """Replace what JSON does not have: nan by null, infinity by the string "inf"."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "inf" if math.isinf(value) else None
+    return value
+
+
+def with_nan(value: object) -> object:
+    """Put back what `without_nan` replaced; anything else stays as it is."""
+    return math.nan if value is None else math.inf if value == "inf" else value
+
+
+def summarise(rows: Sequence[dict], names: Sequence[str]) -> list[dict]:
+    """Summarise each class over the cases that have a finite score: mean and standard deviation.
+
+    The last row is the mean over the classes. `empty_in_both` and `empty_in_one` count what is left out (nan) or is 0
+    (infinite for HD95).
+    """
+    summary = [_summary(name, [row for row in rows if row["label"] == name]) for name in names]
+    mean: dict[str, Any] = {"label": "mean", "cases": len({row["case"] for row in rows})}
+    for key in summary[0] if summary else ():
+        if key not in mean and not key.endswith("_std"):
+            values = [entry[key] for entry in summary]
+            mean[key] = sum(values) if key.startswith("empty") else _finite(values, np.mean)
+    return [*summary, mean]
+
+
+def _summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise the rows of one class."""
+    entry: dict[str, Any] = {"label": name, "cases": len(rows)}
+    for metric in METRICS:
+        values = [row[metric] for row in rows]
+        entry[metric], entry[f"{metric}_std"] = _finite(values, np.mean), _finite(values, np.std)
+    empty = [(row["predicted_voxels"] == 0) + (row["reference_voxels"] == 0) for row in rows]
+    return {**entry, "empty_in_both": empty.count(2), "empty_in_one": empty.count(1)}
+
+
+def _finite(values: Sequence[float], statistic: Callable[[np.ndarray], np.floating]) -> float:
+    """Compute a statistic of the values that are finite; nan where there are none."""
+    finite = np.array([value for value in values if math.isfinite(value)])
+    return float(statistic(finite)) if len(finite) else math.nan
