@@ -7,55 +7,28 @@ Names, shapes and arithmetic are those of https://github.com/MIC-DKFZ/MedNeXt (A
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels
-from .kernels.reference import Moments, Weights, grn
+from .kernels import REFERENCE, choose_kernels
+from .kernels.backend import Backend, Weights
+from .kernels.reference import grn
 
-CONV = {"2d": nn.Conv2d, "3d": nn.Conv3d}
-CONV_TRANSPOSE = {"2d": nn.ConvTranspose2d, "3d": nn.ConvTranspose3d}
+Conv = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
+CONV: dict[str, type[nn.Conv2d] | type[nn.Conv3d]] = {"2d": nn.Conv2d, "3d": nn.Conv3d}
+CONV_TRANSPOSE: dict[str, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
+    "2d": nn.ConvTranspose2d,
+    "3d": nn.ConvTranspose3d,
+}
 
 
 def exporting() -> bool:
-    """Whether torch.export or the ONNX exporter is looking; their graphs serve every input size and other runtimes."""
+    """Tell whether torch.export or the ONNX exporter is looking; their graphs serve every size and other runtimes."""
     return False if torch.jit.is_scripting() else torch.compiler.is_exporting()
-
-
-def _matrix(conv: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (K, C) and bias of a 1x1x1 convolution, transposed or not."""
-    weight = conv.weight.flatten(1)
-    return weight.t() if conv.transposed else weight, conv.bias
-
-
-def _every_second(x: torch.Tensor, first: int) -> tuple[slice, ...]:
-    return (slice(None), slice(None), *[slice(first, None, 2)] * (x.dim() - 2))
-
-
-def _only_modules(layers: Iterable[nn.Module]) -> str | None:
-    """Why these layers must be called as modules, if they must."""
-    for layer in layers:
-        if type(layer) not in STOCK:
-            return f"there is none for {type(layer).__name__}"
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return "a layer has hooks"
-    return None
-
-
-def pointwise(conv: nn.Module, x: torch.Tensor, which: str) -> torch.Tensor:
-    """A 1x1x1 convolution of stride 1, transposed or not, with the kernels of that name; not for scripting."""
-    ops = kernels.choose(which, x, _only_modules([conv]), compiled=False)
-    return conv(x) if ops is kernels.reference else ops.pointwise(x, *_matrix(conv))
-
-
-def _mean_axis_by_axis(x: torch.Tensor) -> torch.Tensor:
-    for axis in range(2, x.dim()):
-        x = x.mean(axis, keepdim=True)
-    return x  # (N, C, 1, ..)
 
 
 class LayerNorm(nn.Module):
@@ -95,10 +68,113 @@ class ChannelNorm(nn.GroupNorm):
         return torch.addcmul(self.bias.view(shape) - mean * scale, x, scale)
 
 
+def _mean_axis_by_axis(x: torch.Tensor) -> torch.Tensor:
+    for axis in range(2, x.dim()):
+        x = x.mean(axis, keepdim=True)
+    return x  # (N, C, 1, ..)
+
+
 STOCK = (*CONV.values(), *CONV_TRANSPOSE.values(), ChannelNorm, nn.GELU, nn.Identity)  # layers that kernels know
 
 
-class MedNeXtBlock(nn.Module):
+class _Block(nn.Module):
+    """Depthwise conv -> norm -> 1x1x1 expand -> GELU (-> GRN) -> 1x1x1 compress (+ shortcut), (N, C, *space).
+
+    The three blocks below give it what they differ in: the depthwise convolution and, in `res_conv`, the shortcut.
+
+    Raises:
+        ValueError: `norm_type` or `grn` is none of its values.
+    """
+
+    def __init__(
+        self, depthwise: Conv, out_channels: int, exp_r: int, do_res: bool, norm_type: str, dim: str, grn: bool | str
+    ) -> None:
+        super().__init__()
+        if norm_type not in ("group", "layer"):
+            raise ValueError(f"norm_type is {norm_type!r}, expected 'group' or 'layer'.")
+        if grn not in (False, True, "mean", "sum"):
+            raise ValueError(f"grn is {grn!r}, expected False, True, 'mean' or 'sum'.")
+        channels, hidden = depthwise.in_channels, exp_r * depthwise.in_channels
+        self.do_res, self.dim, self.grn = do_res, dim, bool(grn)
+        self.upsamples = depthwise.transposed
+        self.checkpoint_style: str | None = None
+        self.kernels = "auto"
+        self.conv1: Conv = depthwise
+        self.norm = ChannelNorm(channels) if norm_type == "group" else LayerNorm(channels)
+        self.conv2: Conv = CONV[dim](channels, hidden, kernel_size=1)
+        self.act = nn.GELU()
+        self.conv3: Conv = CONV[dim](hidden, out_channels, kernel_size=1)
+        self.res_conv: Conv | nn.Identity | None = None
+        self.grn_over_sum = grn == "sum"
+        self.grn_beta: nn.Parameter | None = None
+        self.grn_gamma: nn.Parameter | None = None
+        if grn:
+            shape = (1, hidden) + (1,) * (2 if dim == "2d" else 3)
+            self.grn_beta = nn.Parameter(torch.zeros(shape))
+            self.grn_gamma = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
+        # the second argument is the original's and unused: networks built of its blocks pass it
+        if not torch.jit.is_scripting():
+            backend = choose_kernels(self.kernels, x, self._why_layers(), kernel_size=self.conv1.kernel_size[0])
+            compute = self._by_layers if backend is REFERENCE else partial(self._by_kernels, backend)
+            return _checkpointed(compute, x) if self.checkpoint_style == "block" else compute(x)
+        return self._by_layers(x)
+
+    def _by_layers(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cuda:  # channels last is faster on a CPU; in each block, since 1x1x1 convolutions may undo it
+            x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
+        y = self.norm(self.conv1(x))
+        if not torch.jit.is_scripting() and self.checkpoint_style == "expansion":
+            y = _checkpointed(self._mlp, y)
+        else:
+            y = self._mlp(y)
+        if self.do_res:  # in this order of the sum, which decides its layout in memory
+            y = x + y if self.res_conv is None else y + self.res_conv(x)
+        if self.upsamples:
+            y = F.pad(y, [1, 0] * (x.dim() - 2))  # (N, out_channels, 2n - 1, ..) -> (N, out_channels, 2n, ..)
+        return y
+
+    def _mlp(self, y: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.conv2(y))  # (N, exp_r * C, *space)
+        gamma, beta = self.grn_gamma, self.grn_beta
+        if gamma is not None and beta is not None:
+            y = grn(y, gamma, beta, self.grn_over_sum)
+        return self.conv3(y)  # (N, out_channels, *space)
+
+    def _by_kernels(self, backend: Backend, x: torch.Tensor) -> torch.Tensor:
+        """Compute what `_by_layers` does with a backend and the parameters of the layers."""
+        conv, weights, residual = self.conv1, self.weights(), None
+        shortcut = self.res_conv if self.do_res else None
+        y, moments = backend.depthwise(x, conv.weight, _bias(conv), conv.stride[0], conv.transposed)
+        if isinstance(shortcut, Conv) and self.upsamples:  # adds its bias everywhere, products to every second voxel
+            weights = weights._replace(b2=weights.b2 + _bias(shortcut))
+        elif isinstance(shortcut, Conv):
+            residual = backend.pointwise(x[_every_second(x, 0)], _matrix(shortcut), shortcut.bias)
+        elif self.do_res:
+            residual = x
+        y = backend.mlp(y, weights, self.norm.eps, self.grn_over_sum, residual, moments)
+        if self.upsamples:
+            y = F.pad(y, [1, 0] * (x.dim() - 2))
+            if isinstance(shortcut, Conv):
+                y[_every_second(y, 1)] += backend.pointwise(x, _matrix(shortcut))
+        return y
+
+    def weights(self) -> Weights:
+        """Return the parameters of all layers but the depthwise convolution, as kernels take them."""
+        norm, first, second = self.norm, self.conv2, self.conv3
+        grn_gamma, grn_beta = (p if p is None else p.flatten() for p in (self.grn_gamma, self.grn_beta))
+        mlp = (_matrix(first), _bias(first), _matrix(second), _bias(second))
+        return Weights(norm.weight, norm.bias, *mlp, grn_gamma, grn_beta)
+
+    def _why_layers(self) -> str | None:
+        """Say why the layers must be called one by one, if they must."""
+        if self.conv1.groups != self.conv1.in_channels:
+            return "the first convolution is not depthwise"
+        return _why_modules(self.children())
+
+
+class MedNeXtBlock(_Block):
     """Depthwise conv -> norm -> 1x1x1 expand -> GELU (-> GRN) -> 1x1x1 compress (+ input), (N, C, *space).
 
     Args:
@@ -134,92 +210,15 @@ class MedNeXtBlock(nn.Module):
         dim: str = "3d",
         grn: bool | str = False,
     ) -> None:
-        super().__init__()
-        if dim not in CONV:
-            raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
-        if norm_type not in ("group", "layer"):
-            raise ValueError(f"norm_type is {norm_type!r}, expected 'group' or 'layer'.")
-        if grn not in (False, True, "mean", "sum"):
-            raise ValueError(f"grn is {grn!r}, expected False, True, 'mean' or 'sum'.")
-        if do_res and type(self) is MedNeXtBlock and in_channels != out_channels:
+        depthwise = _depthwise(in_channels, kernel_size, dim, groups=n_groups)
+        super().__init__(depthwise, out_channels, exp_r, do_res, norm_type, dim, grn)
+        if do_res and in_channels != out_channels:
             raise ValueError(
                 f"do_res adds {in_channels} to {out_channels} channels; give equal numbers or do_res=False."
             )
-        hidden = exp_r * in_channels
-        self.do_res, self.dim, self.grn = do_res, dim, bool(grn)
-        self.checkpoint_style: str | None = None
-        self.kernels = "auto"
-        self.conv1 = self._first_conv(in_channels, kernel_size, n_groups or in_channels, dim)
-        self.norm = ChannelNorm(in_channels) if norm_type == "group" else LayerNorm(in_channels)
-        self.conv2 = CONV[dim](in_channels, hidden, kernel_size=1)
-        self.act = nn.GELU()
-        self.conv3 = CONV[dim](hidden, out_channels, kernel_size=1)
-        self.grn_over_sum = grn == "sum"
-        self.grn_beta: nn.Parameter | None = None
-        self.grn_gamma: nn.Parameter | None = None
-        if grn:
-            shape = (1, hidden) + (1,) * (2 if dim == "2d" else 3)
-            self.grn_beta = nn.Parameter(torch.zeros(shape))
-            self.grn_gamma = nn.Parameter(torch.zeros(shape))
-
-    @staticmethod
-    def _first_conv(channels: int, kernel_size: int, groups: int, dim: str) -> nn.Module:
-        return CONV[dim](channels, channels, kernel_size, padding=kernel_size // 2, groups=groups)
-
-    def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + y if self.do_res else y
-
-    def _run(self, style: str, part: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        if self.checkpoint_style == style and torch.is_grad_enabled():
-            return checkpoint(part, x, use_reentrant=False, preserve_rng_state=False)
-        return part(x)
-
-    def _expansion(self, y: torch.Tensor) -> torch.Tensor:
-        y = self.act(self.conv2(y))  # (N, exp_r * C, *space)
-        gamma, beta = self.grn_gamma, self.grn_beta
-        if gamma is not None and beta is not None:
-            y = grn(y, gamma, beta, self.grn_over_sum)
-        return self.conv3(y)
-
-    def _block(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            ops = kernels.choose(self.kernels, x, self._only_modules(), kernel_size=self.conv1.kernel_size[0])
-            if ops is not kernels.reference:
-                return self._with(ops, x)
-        if not x.is_cuda:  # channels last is faster on a CPU; in each block, since 1x1x1 convolutions may undo it
-            x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
-        y = self.norm(self.conv1(x))
-        y = self._expansion(y) if torch.jit.is_scripting() else self._run("expansion", self._expansion, y)
-        return self._residual(x, y)
-
-    def _only_modules(self) -> str | None:
-        if self.conv1.groups != self.conv1.in_channels:
-            return "the first convolution is not depthwise"
-        return _only_modules(self.children())
-
-    def _with(self, ops: ModuleType, x: torch.Tensor) -> torch.Tensor:
-        conv = self.conv1
-        return self._expanded(ops, x, *ops.depthwise(x, conv.weight, conv.bias, conv.stride[0], conv.transposed))
-
-    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-        """What `norm`, `_expansion` and `_residual` make of the depthwise convolution's y."""
-        return self._with_norm(ops, y, moments, x if self.do_res else None)
-
-    def _with_norm(self, ops: ModuleType, y, moments: Moments | None, residual, more_bias=None) -> torch.Tensor:
-        """`norm` and `_expansion` with a residual; `more_bias` is added to the last one."""
-        norm, first, second = self.norm, self.conv2, self.conv3
-        end = second.bias if more_bias is None else second.bias + more_bias
-        matrices = first.weight.flatten(1), first.bias, second.weight.flatten(1), end
-        grn_weights = [p if p is None else p.flatten() for p in (self.grn_gamma, self.grn_beta)]
-        weights = Weights(norm.weight, norm.bias, *matrices, *grn_weights)
-        return ops.expansion(y, weights, norm.eps, self.grn_over_sum, residual, moments)
-
-    def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
-        # the second argument is the original's and unused: networks built of its blocks pass it
-        return self._block(x) if torch.jit.is_scripting() else self._run("block", self._block, x)
 
 
-class MedNeXtDownBlock(MedNeXtBlock):
+class MedNeXtDownBlock(_Block):
     """MedNeXtBlock whose depthwise conv has stride 2: (N, C, 2n, ..) -> (N, out_channels, n, ..).
 
     With `do_res` the input comes back through a strided 1x1x1 convolution. Arguments as in MedNeXtBlock.
@@ -236,50 +235,34 @@ class MedNeXtDownBlock(MedNeXtBlock):
         dim: str = "3d",
         grn: bool | str = False,
     ) -> None:
-        super().__init__(in_channels, out_channels, exp_r, kernel_size, do_res, norm_type, None, dim, grn)
-        self.res_conv = self._shortcut(in_channels, out_channels, dim) if do_res else nn.Identity()
-
-    @staticmethod
-    def _first_conv(channels: int, kernel_size: int, groups: int, dim: str) -> nn.Module:
-        return CONV[dim](channels, channels, kernel_size, stride=2, padding=kernel_size // 2, groups=groups)
-
-    @staticmethod
-    def _shortcut(in_channels: int, out_channels: int, dim: str) -> nn.Module:
-        return CONV[dim](in_channels, out_channels, kernel_size=1, stride=2)
-
-    def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self.res_conv(x) if self.do_res else y
-
-    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-        residual = ops.pointwise(x[_every_second(x, 0)], *_matrix(self.res_conv)) if self.do_res else None
-        return self._with_norm(ops, y, moments, residual)
+        depthwise = _depthwise(in_channels, kernel_size, dim, stride=2)
+        super().__init__(depthwise, out_channels, exp_r, do_res, norm_type, dim, grn)
+        self.res_conv = CONV[dim](in_channels, out_channels, kernel_size=1, stride=2) if do_res else nn.Identity()
 
 
-class MedNeXtUpBlock(MedNeXtDownBlock):
+class MedNeXtUpBlock(_Block):
     """MedNeXtBlock whose depthwise conv is transposed with stride 2: (N, C, n, ..) -> (N, out_channels, 2n, ..).
 
     A transposed stride-2 convolution without output padding yields 2n - 1 voxels; one plane of zeros on the low side of
-    every axis completes 2n, as in the original. Arguments as in MedNeXtBlock.
+    every axis completes 2n, as in the original. With `do_res` the input comes back through a transposed 1x1x1
+    convolution. Arguments as in MedNeXtBlock.
     """
 
-    @staticmethod
-    def _first_conv(channels: int, kernel_size: int, groups: int, dim: str) -> nn.Module:
-        return CONV_TRANSPOSE[dim](channels, channels, kernel_size, stride=2, padding=kernel_size // 2, groups=groups)
-
-    @staticmethod
-    def _shortcut(in_channels: int, out_channels: int, dim: str) -> nn.Module:
-        return CONV_TRANSPOSE[dim](in_channels, out_channels, kernel_size=1, stride=2)
-
-    def _residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        y = y + self.res_conv(x) if self.do_res else y  # (N, C, 2n - 1, ..)
-        return F.pad(y, [1, 0] * (x.dim() - 2))
-
-    def _expanded(self, ops: ModuleType, x: torch.Tensor, y: torch.Tensor, moments: Moments | None) -> torch.Tensor:
-        weight, bias = _matrix(self.res_conv) if self.do_res else (None, None)
-        y = F.pad(self._with_norm(ops, y, moments, None, bias), [1, 0] * (x.dim() - 2))
-        if self.do_res:  # a transposed convolution adds its bias everywhere, its products to every second voxel
-            y[_every_second(y, 1)] += ops.pointwise(x, weight)
-        return y
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        exp_r: int = 4,
+        kernel_size: int = 7,
+        do_res: bool = False,
+        norm_type: str = "group",
+        dim: str = "3d",
+        grn: bool | str = False,
+    ) -> None:
+        depthwise = _depthwise(in_channels, kernel_size, dim, stride=2, transposed=True)
+        super().__init__(depthwise, out_channels, exp_r, do_res, norm_type, dim, grn)
+        conv = CONV_TRANSPOSE[dim]
+        self.res_conv = conv(in_channels, out_channels, kernel_size=1, stride=2) if do_res else nn.Identity()
 
 
 class OutBlock(nn.Module):
@@ -292,3 +275,55 @@ class OutBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
         return self.conv_out(x) if torch.jit.is_scripting() else pointwise(self.conv_out, x, self.kernels)
+
+
+def pointwise(conv: Conv, x: torch.Tensor, kernels: str) -> torch.Tensor:
+    """Apply a 1x1x1 convolution of stride 1, transposed or not, with the kernels of that name; not for scripting."""
+    backend = choose_kernels(kernels, x, _why_modules([conv]), compiled=False)
+    return conv(x) if backend is REFERENCE else backend.pointwise(x, _matrix(conv), conv.bias)
+
+
+def _depthwise(
+    channels: int, kernel_size: int, dim: str, stride: int = 1, transposed: bool = False, groups: int | None = None
+) -> Conv:
+    """Make the first convolution of a block.
+
+    Raises:
+        ValueError: `dim` is none of its values.
+    """
+    if dim not in CONV:
+        raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
+    conv = CONV_TRANSPOSE[dim] if transposed else CONV[dim]
+    return conv(channels, channels, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups or channels)
+
+
+def _checkpointed(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Keep x alone for the backward pass, which computes everything again."""
+    if not torch.is_grad_enabled():
+        return compute(x)
+    return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def _why_modules(layers: Iterable[nn.Module]) -> str | None:
+    """Say why these layers must be called as modules, if they must."""
+    for layer in layers:
+        if type(layer) not in STOCK:
+            return f"there is none for {type(layer).__name__}"
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return "a layer has hooks"
+    return None
+
+
+def _matrix(conv: Conv) -> torch.Tensor:
+    """Return the weight (K, C) of a 1x1x1 convolution, transposed or not."""
+    weight = conv.weight.flatten(1)
+    return weight.t() if conv.transposed else weight
+
+
+def _bias(conv: Conv) -> torch.Tensor:
+    assert conv.bias is not None  # blocks have one everywhere
+    return conv.bias
+
+
+def _every_second(x: torch.Tensor, first: int) -> tuple[slice, ...]:
+    return (slice(None), slice(None), *[slice(first, None, 2)] * (x.dim() - 2))

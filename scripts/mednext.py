@@ -14,25 +14,28 @@ Shape suffixes: N batch, C channels, D H W space (no D in 2D).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import kernels as engine
 from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock, exporting, pointwise
+from .kernels import check_kernels
 
 LEVELS = 4  # moves down, hence the multiple of 2**4 voxels
+STAGES = 2 * LEVELS + 1  # four encoder stages, bottleneck, four decoder stages
 KERNEL_SIZES = (3, 5, 7)
+
+Block = TypeVar("Block", MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock)
 
 
 class Layout(NamedTuple):
-    """How the four down blocks are made, the one thing in which MedNeXts differ: where a block's ratio comes from
-    (0: the stage before it, 1: the stage it leads to), and which blocks have GRN where the others have it."""
+    """How the four down blocks are made, the one thing in which MedNeXts differ."""
 
-    ratio_from: int
-    grn: tuple[bool, bool, bool, bool]
+    ratio_from: int  # where a block's ratio comes from: 0 the stage before it, 1 the stage it leads to
+    grn: tuple[bool, bool, bool, bool]  # which blocks have GRN where the others have it
 
 
 LAYOUTS = {
@@ -121,65 +124,46 @@ class MedNeXt(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
-        stages = 2 * LEVELS + 1
-        ratios = [exp_r] * stages if isinstance(exp_r, int) else list(exp_r)
-        enc_kernel, dec_kernel = (enc_kernel_size, dec_kernel_size) if kernel_size is None else (kernel_size,) * 2
-        styles = _checkpoint_styles(checkpoint_style)
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
-        if len(ratios) != stages or len(block_counts) != stages:
-            raise ValueError(
-                f"exp_r and block_counts need {stages} entries, got {len(ratios)} and {len(block_counts)}."
-            )
-        for name, k in (("encoder", enc_kernel), ("decoder", dec_kernel)):
-            if k is None or k % 2 == 0:
-                raise ValueError(f"the {name} kernel size is {k}, expected an odd number.")
-        if dim not in CONV:
-            raise ValueError(f"dim is {dim!r}, expected '2d' or '3d'.")
-
+        make = _Parts(
+            n_channels=n_channels,
+            n_classes=n_classes,
+            ratios=[exp_r] * STAGES if isinstance(exp_r, int) else list(exp_r),
+            block_counts=block_counts,
+            enc_kernel=_odd("encoder", enc_kernel_size if kernel_size is None else kernel_size),
+            dec_kernel=_odd("decoder", dec_kernel_size if kernel_size is None else kernel_size),
+            checkpoint_styles=_checkpoint_styles(checkpoint_style),
+            do_res=do_res,
+            do_res_up_down=do_res_up_down,
+            norm_type=norm_type,
+            dim=dim,
+            grn=grn,
+            layout=layout,
+            kernels=check_kernels(kernels),
+        )
         self.axes = 2 if dim == "2d" else 3
         self.do_ds = deep_supervision
-        self.kernels = engine.check(kernels)
+        self.kernels = kernels
         self.norms_over_space = norm_type == "group"
         self.step = 2**LEVELS  # sides are padded to a multiple of it
-        width = [n_channels * 2**level for level in range(LEVELS + 1)]
-        shared = {"norm_type": norm_type, "dim": dim}
 
-        def stage(index: int, channels: int, kernel: int) -> nn.Sequential:
-            ratio = ratios[index]
-            blocks = (
-                MedNeXtBlock(channels, channels, ratio, kernel, do_res, grn=grn, **shared)
-                for _ in range(block_counts[index])
-            )
-            return nn.Sequential(*blocks)
-
-        def add(name: str, level: int, module: nn.Module) -> None:
-            for block in module.modules():
-                if isinstance(block, MedNeXtBlock):
-                    block.checkpoint_style = styles[level]
-                if isinstance(block, (MedNeXtBlock, OutBlock)):
-                    block.kernels = kernels
-            self.add_module(name, module)
-
-        ratio_from, grn_down = LAYOUTS[layout]
         self.stem = CONV[dim](in_channels, n_channels, kernel_size=1)
-        for level in range(LEVELS):
-            add(f"enc_block_{level}", level, stage(level, width[level], enc_kernel))
-            wide = (width[level], width[level + 1], ratios[level + ratio_from])
-            down = MedNeXtDownBlock(*wide, enc_kernel, do_res_up_down, grn=grn_down[level] and grn, **shared)
-            add(f"down_{level}", level + 1, down)
-        add("bottleneck", LEVELS, stage(LEVELS, width[LEVELS], dec_kernel))
-        for level in reversed(range(LEVELS)):
-            index = stages - 1 - level
-            wide = (width[level + 1], width[level], ratios[index])
-            add(f"up_{level}", level, MedNeXtUpBlock(*wide, dec_kernel, do_res_up_down, grn=grn, **shared))
-            add(f"dec_block_{level}", level, stage(index, width[level], dec_kernel))
-        for level in range(LEVELS + 1):
-            used = deep_supervision or level == 0
-            add(f"out_{level}", level, OutBlock(width[level], n_classes, dim) if used else nn.Identity())
+        self.enc_block_0, self.down_0 = make.encoder(0), make.down(0)
+        self.enc_block_1, self.down_1 = make.encoder(1), make.down(1)
+        self.enc_block_2, self.down_2 = make.encoder(2), make.down(2)
+        self.enc_block_3, self.down_3 = make.encoder(3), make.down(3)
+        self.bottleneck = make.decoder(4)
+        self.up_3, self.dec_block_3 = make.up(3), make.decoder(3)
+        self.up_2, self.dec_block_2 = make.up(2), make.decoder(2)
+        self.up_1, self.dec_block_1 = make.up(1), make.decoder(1)
+        self.up_0, self.dec_block_0 = make.up(0), make.decoder(0)
+        self.out_0 = make.head(0)
+        self.out_1 = make.head(1) if deep_supervision else nn.Identity()
+        self.out_2 = make.head(2) if deep_supervision else nn.Identity()
+        self.out_3 = make.head(3) if deep_supervision else nn.Identity()
+        self.out_4 = make.head(4) if deep_supervision else nn.Identity()
 
     def forward(self, x: torch.Tensor):  # a tensor, or the list of five in training with deep supervision
-        size = x.shape[2:]
+        size = list(x.shape[2:])
         step = self.step
         if len(size) != self.axes:
             raise ValueError(
@@ -187,7 +171,7 @@ class MedNeXt(nn.Module):
             )
         if self.norms_over_space and max(size) <= step:
             raise ValueError(
-                f"the input has {list(size)} voxels; at least one side must be over {step},"
+                f"the input has {size} voxels; at least one side must be over {step},"
                 " or the coarsest level is one voxel, which its norm would set to zero. Pad it or use larger patches."
             )
         missing = [-n % step for n in size]
@@ -216,14 +200,117 @@ class MedNeXt(nn.Module):
         return logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Makes the parts of a network; the level of a part is that of its output, 0 at full resolution.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    n_channels: int
+    n_classes: int
+    ratios: Sequence[int]  # of the nine stages, as the next
+    block_counts: Sequence[int]
+    enc_kernel: int
+    dec_kernel: int
+    checkpoint_styles: Sequence[str | None]  # of the five levels
+    do_res: bool
+    do_res_up_down: bool
+    norm_type: str
+    dim: str
+    grn: bool | str
+    layout: str
+    kernels: str
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}.")
+        if len(self.ratios) != STAGES or len(self.block_counts) != STAGES:
+            raise ValueError(
+                f"exp_r and block_counts need {STAGES} entries, got {len(self.ratios)} and {len(self.block_counts)}."
+            )
+        if self.dim not in CONV:
+            raise ValueError(f"dim is {self.dim!r}, expected '2d' or '3d'.")
+
+    def encoder(self, level: int) -> nn.Sequential:
+        """Make the stage on the way down."""
+        return self._stage(level, level, self.enc_kernel)
+
+    def decoder(self, level: int) -> nn.Sequential:
+        """Make the stage on the way up, the lowest of which is the bottleneck."""
+        return self._stage(STAGES - 1 - level, level, self.dec_kernel)
+
+    def down(self, level: int) -> MedNeXtDownBlock:
+        """Make the block that leads down from this level."""
+        ratio_from, has_grn = LAYOUTS[self.layout]
+        channels, ratio = self.n_channels * 2**level, self.ratios[level + ratio_from]
+        block = MedNeXtDownBlock(
+            channels, 2 * channels, ratio, self.enc_kernel, self.do_res_up_down, self.norm_type, self.dim,
+            grn=has_grn[level] and self.grn,
+        )  # fmt: skip
+        return self._set(block, level + 1)
+
+    def up(self, level: int) -> MedNeXtUpBlock:
+        """Make the block that leads up to this level."""
+        channels, ratio = self.n_channels * 2**level, self.ratios[STAGES - 1 - level]
+        block = MedNeXtUpBlock(
+            2 * channels, channels, ratio, self.dec_kernel, self.do_res_up_down, self.norm_type, self.dim, self.grn
+        )
+        return self._set(block, level)
+
+    def head(self, level: int) -> OutBlock:
+        """Make the head."""
+        block = OutBlock(self.n_channels * 2**level, self.n_classes, self.dim)
+        block.kernels = self.kernels
+        return block
+
+    def _stage(self, index: int, level: int, kernel_size: int) -> nn.Sequential:
+        channels = self.n_channels * 2**level
+        blocks = (
+            MedNeXtBlock(
+                channels,
+                channels,
+                self.ratios[index],
+                kernel_size,
+                self.do_res,
+                self.norm_type,
+                None,
+                self.dim,
+                self.grn,
+            )
+            for _ in range(self.block_counts[index])
+        )
+        return nn.Sequential(*(self._set(block, level) for block in blocks))
+
+    def _set(self, block: Block, level: int) -> Block:
+        block.checkpoint_style, block.kernels = self.checkpoint_styles[level], self.kernels
+        return block
+
+
 def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
     for axis, n in enumerate(size):
         x = x.narrow(axis + 2, 0, n)
     return x
 
 
+def _odd(half: str, kernel_size: int | None) -> int:
+    """Return the kernel size of encoder or decoder.
+
+    Raises:
+        ValueError: it is even or missing.
+    """
+    if kernel_size is None or kernel_size % 2 == 0:
+        raise ValueError(f"the {half} kernel size is {kernel_size}, expected an odd number.")
+    return kernel_size
+
+
 def _checkpoint_styles(style: str | Sequence[str | None] | None) -> list[str | None]:
-    """One of None, "expansion", "block" for each resolution."""
+    """Return one of None, "expansion", "block" for each resolution.
+
+    Raises:
+        ValueError: `style` is none of its values.
+    """
     styles = [style] * (LEVELS + 1) if style is None or isinstance(style, str) else list(style)
     if len(styles) != LEVELS + 1 or not {*styles} <= {None, "expansion", "block", "outside_block"}:
         raise ValueError(
@@ -241,7 +328,7 @@ def create_mednext(
     deep_supervision: bool = False,
     **options,
 ) -> MedNeXt:
-    """Any row of `SIZES` by its name.
+    """Build any row of `SIZES` by its name.
 
     Args:
         num_input_channels: channels of the image.
@@ -281,7 +368,7 @@ def create_mednext_v1(
     deep_supervision: bool = False,
     **options,
 ) -> MedNeXt:
-    """The paper's network "S", "B", "M" or "L", with the signature of the original; see `create_mednext`.
+    """Build the paper's network "S", "B", "M" or "L", with the signature of the original; see `create_mednext`.
 
     With `grn=True` it has GRN where the original has it, and with `layout="monai"` MONAI's down blocks.
     """
@@ -298,7 +385,7 @@ def create_mednext_v2(
     deep_supervision: bool = False,
     **options,
 ) -> MedNeXt:
-    """MedNeXt-v2 (Roy et al. 2025, arXiv 2512.17774), "B" of width 32 or "W" of width 64; see `create_mednext`.
+    """Build MedNeXt-v2 (Roy et al. 2025, arXiv 2512.17774), "B" of width 32 or "W" of width 64; see `create_mednext`.
 
     No code and no weights of the authors were public when this was written. Established, from the abstract: 3D GRN, and
     depth, width and context scaling. Reported publicly by a re-implementation (nanaHa1003/mednext-accel), and met here:

@@ -7,7 +7,7 @@ import torch
 from monai.networks.nets.mednext import MedNeXt as MonaiMedNeXt
 from monai.networks.nets.mednext import create_mednext as monai_mednext
 
-from scripts.blocks import MedNeXtBlock
+from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
 from scripts.mednext import LAYOUTS, SIZES, MedNeXt, create_mednext, create_mednext_v1, create_mednext_v2
 from scripts.weights.checkpoints import to_monai
 
@@ -39,8 +39,9 @@ def image(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def blocks(net: MedNeXt) -> dict[str, MedNeXtBlock]:
-    return {name: module for name, module in net.named_modules() if isinstance(module, MedNeXtBlock)}
+def blocks(net: MedNeXt) -> dict[str, torch.nn.Module]:
+    kinds = (MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock)
+    return {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
 
 
 def count(net: torch.nn.Module) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Call(NamedTuple):
     arguments: tuple
     options: dict[str, Any]
 
-    def source(self):
-        """What Triton compiles: types, which numbers are multiples of 16 (pointers always), and constants."""
+    def source(self) -> Any:
+        """Describe the launch to Triton: types, constants, which numbers are multiples of 16 (pointers always)."""
         from triton.compiler import ASTSource
 
         named = {**dict(zip(self.kernel.arg_names, self.arguments, strict=False)), **self.options}
@@ -52,21 +53,20 @@ class Call(NamedTuple):
 class _Recorder:
     """Stands in for a kernel and keeps how it is launched."""
 
-    def __init__(self, kernel, calls: list[Call]) -> None:
+    def __init__(self, kernel: Any, calls: list[Call]) -> None:
         self.kernel, self.calls = kernel, calls
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: self.calls.append(Call(self.kernel, arguments, options))
 
 
 def recorded(kernel_size: int, dtype: torch.dtype, side: int = 128) -> list[Call]:
-    """All launches of the forward and backward passes of blocks with stride 1 and 2 of every kind of level."""
-    from ..kernels import triton_depthwise, triton_gradient
-    from ..kernels import triton_mlp as triton_expansion
+    """Record all launches of the forward and backward passes of blocks with stride 1 and 2 of every kind of level."""
+    from ..kernels import triton_depthwise, triton_gradient, triton_mlp, triton_product
     from ..kernels.mlp import Layers
 
-    calls: list[Call] = []
-    modules = (triton_depthwise, triton_gradient, triton_expansion)
+    rows, calls = triton_mlp.ROWS, list[Call]()
+    modules = (triton_depthwise, triton_gradient, triton_mlp, triton_product)
     kernels = [(module, name, kernel) for module in modules for name, kernel in _kernels(module)]
     try:
         for module, name, kernel in kernels:
@@ -86,25 +86,25 @@ def recorded(kernel_size: int, dtype: torch.dtype, side: int = 128) -> list[Call
             second = torch.empty(made, hidden, dtype=dtype, device="meta").expand(2, -1, -1)
             start, end = (torch.empty(n, device="meta") for n in (hidden, made))
             layers = Layers(scale, scale, first, start, second, end)
-            triton_expansion.forward_rows(y, layers, out, torch.empty_like(out))
-            triton_expansion.energy(y, layers)
-            triton_expansion.backward_rows(out, y, layers, None, torch.empty_like(y))
-            triton_expansion.backward_rows(out, y, layers, along, torch.empty_like(y))
-            triton_expansion.combine_rows(torch.empty_like(y), y, scale, scale, scale)
+            rows.forward(y, layers, out, torch.empty_like(out))
+            rows.energy(y, layers)
+            rows.backward(out, y, layers, None, torch.empty_like(y))
+            rows.backward(out, y, layers, along, torch.empty_like(y))
+            rows.combine(torch.empty_like(y), y, scale, scale, scale)
     finally:
         for module, name, kernel in kernels:
             setattr(module, name, kernel)
     return calls
 
 
-def _kernels(module) -> Iterator[tuple[str, Any]]:
+def _kernels(module: ModuleType) -> Iterator[tuple[str, Any]]:
     from triton.runtime.jit import JITFunction
 
     return ((name, value) for name, value in vars(module).items() if isinstance(value, JITFunction))
 
 
 class Usage(NamedTuple):
-    """Of a kernel on one architecture."""
+    """What a kernel takes on one architecture."""
 
     registers: int  # a thread, at most 255
     spilled: int  # bytes a thread that did not fit
@@ -112,7 +112,7 @@ class Usage(NamedTuple):
 
 
 def compile_call(call: Call, arch: int) -> Usage:
-    """Compiles for a compute capability times ten, 80 or 90.
+    """Compile for a compute capability times ten, 80 or 90.
 
     Raises:
         UserError: the assembler failed.
@@ -122,7 +122,7 @@ def compile_call(call: Call, arch: int) -> Usage:
     from triton.backends.nvidia.compiler import get_ptxas
 
     made = triton.compile(call.source(), target=GPUTarget("cuda", arch, 32))
-    target = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
+    target = _found(r"\.target (\w+)", made.asm["ptx"])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(made.asm["ptx"])
@@ -131,16 +131,22 @@ def compile_call(call: Call, arch: int) -> Usage:
     if done.returncode:
         raise UserError(f"{' '.join(assembler)} failed: {done.stderr}")
     registers, spilled = (
-        re.search(r"Used (\d+) registers", done.stderr),
-        re.search(r"(\d+) bytes spill stores", done.stderr),
+        int(_found(pattern, done.stderr)) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     )
-    return Usage(int(registers[1]), int(spilled[1]), made.metadata.shared)
+    return Usage(registers, spilled, made.metadata.shared)
+
+
+def _found(pattern: str, text: str) -> str:
+    """Return the group of the pattern, which the text has in every version that is known."""
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in {text}"
+    return match[1]
 
 
 def report(
     arch: Sequence[int] = (80, 90), kernel_size: Sequence[int] = (3, 5, 7), dtype: str = "bfloat16"
 ) -> dict[tuple, dict[int, Usage]]:
-    """Compiles every kernel as it is called and prints a Markdown table.
+    """Compile every kernel as it is called and prints a Markdown table.
 
     Args:
         arch: compute capabilities times ten.
@@ -153,9 +159,9 @@ def report(
     Raises:
         UserError: Triton is not there, or interprets.
     """
-    from ..kernels import triton_ops as gpu
+    from ..kernels import triton_ops
 
-    if not gpu.INSTALLED or gpu.interpreted():
+    if not triton_ops.INSTALLED or triton_ops.interpreted():
         raise UserError("kernels are compiled by Triton: pip install triton, and unset TRITON_INTERPRET.")
     found: dict[tuple, dict[int, Usage]] = {}
     arch, kernel_size = listed(arch), listed(kernel_size)

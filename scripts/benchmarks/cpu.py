@@ -25,17 +25,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..kernels.cpu import linear
+from ..kernels.cpu_mlp import linear
 from ..mednext import KERNEL_SIZES, create_mednext_v1
 from ..utils.device import set_cpu_defaults
 from ..utils.errors import UserError
 
-TURN = 3.0
+TURN = 3.0  # seconds that a task is repeated for, at least
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Task(NamedTuple):
-    """What is timed, of one input channel and three classes."""
+    """A training step or a forward pass that is timed, with one input channel and three classes."""
 
     trains: bool
     shape: tuple[int, ...]  # N, C, D, H, W
@@ -49,7 +49,7 @@ TASKS = {
 
 
 class Contender(NamedTuple):
-    """Who runs it, in which memory format and precision."""
+    """An implementation, with the memory format and precision it runs in."""
 
     label: str
     builder: str  # a key of BUILDERS
@@ -68,12 +68,13 @@ CONTENDERS = [
 ]
 
 
-# ---- one process: builds networks and times them as it is told
+Builder = Callable[[str, int, str | None], nn.Module]  # of size, kernel size and a checkout of the original
 
 
-def _original(size: str, kernel_size: int, checkout: str) -> nn.Module:
-    """The network of a checkout of MIC-DKFZ/MedNeXt, without the rest of that package and what it needs."""
+def _original(size: str, kernel_size: int, checkout: str | None) -> nn.Module:
+    """Build the network of a checkout of MIC-DKFZ/MedNeXt, without the rest of that package and what it needs."""
     package = types.ModuleType("nnunet_mednext")
+    assert checkout is not None  # else it takes no part
     package.__path__ = [str(Path(checkout) / "nnunet_mednext")]
     sys.modules["nnunet_mednext"] = package
     from nnunet_mednext.network_architecture.mednextv1.create_mednext_v1 import create_mednext_v1 as create
@@ -81,30 +82,30 @@ def _original(size: str, kernel_size: int, checkout: str) -> nn.Module:
     return create(1, 3, size, kernel_size, deep_supervision=True)
 
 
-def _monai(size: str, kernel_size: int, checkout: str) -> nn.Module:
+def _monai(size: str, kernel_size: int, checkout: str | None) -> nn.Module:
     from monai.networks.nets.mednext import create_mednext
 
     return create_mednext(size, 3, 1, 3, kernel_size, deep_supervision=True)
 
 
-def _ours(size: str, kernel_size: int, checkout: str) -> nn.Module:
+def _ours(size: str, kernel_size: int, checkout: str | None) -> nn.Module:
     set_cpu_defaults("cpu")
     return create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True)
 
 
-def _with(kernels: str) -> Callable[[str, int, str], nn.Module]:
+def _with(kernels: str) -> Builder:
     return lambda size, kernel_size, checkout: create_mednext_v1(
         1, 3, size, kernel_size, deep_supervision=True, kernels=kernels
     )
 
 
-BUILDERS = {
+BUILDERS: dict[str, Builder] = {
     "original": _original, "monai": _monai, "reference": _with("reference"), "ours": _ours, "triton": _with("triton")
 }  # fmt: skip
 
 
-def work(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str], checkout: str) -> None:
-    """Reads names of tasks from standard input, writes `[seconds, peak bytes]` for each as a line of JSON.
+def serve(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str], checkout: str | None) -> None:
+    """Read names of tasks from standard input, write `[seconds, peak bytes]` for each as a line of JSON.
 
     A turn repeats its task for TURN seconds at least, and its last run counts: processes have waited before.
     """
@@ -113,7 +114,7 @@ def work(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str]
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, eps=1e-4)
     images = {name: torch.randn(TASKS[name].shape) for name in tasks}
     if contender.channels_last:
-        network = network.to(memory_format=torch.channels_last_3d)
+        network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # its stub lacks it
         images = {name: image.contiguous(memory_format=torch.channels_last_3d) for name, image in images.items()}
 
     def run(task: Task, image: torch.Tensor) -> None:
@@ -152,13 +153,12 @@ def _peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# ---- the process that asks
-
-
 class _Worker:
+    """A process in which one implementation runs what it is told to."""
+
     def __init__(self, *job: object) -> None:
-        code = "import json, sys; from scripts.benchmarks.cpu import Contender, work; "
-        code += "c, *job = json.loads(sys.argv[1]); work(Contender(*c), *job)"
+        code = "import json, sys; from scripts.benchmarks.cpu import Contender, serve; "
+        code += "c, *job = json.loads(sys.argv[1]); serve(Contender(*c), *job)"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(job)],
             stdin=subprocess.PIPE,
@@ -168,20 +168,22 @@ class _Worker:
         )
 
     def run(self, task: str) -> tuple[float, int]:
+        assert self.process.stdout is not None  # a pipe, as stdin is
         try:
             print(task, file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-            return tuple(json.loads(line))
+            seconds, peak = json.loads(self.process.stdout.readline())
+            return seconds, peak
         except (BrokenPipeError, json.JSONDecodeError) as e:
             raise UserError("an implementation failed; its error is above.") from e
 
     def stop(self) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
 def multiplications(size: str, kernel_size: int, task: Task) -> int:
-    """Of a forward pass; backward takes twice as many again. Convolutions only, which are over 99 %."""
+    """Count multiply-adds of a task, of convolutions, which are over 99 %; backward takes twice a forward pass."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = create_mednext_v1(1, 3, size, kernel_size, deep_supervision=True, kernels="reference")
         network.train(task.trains)(torch.empty(task.shape))
@@ -189,7 +191,7 @@ def multiplications(size: str, kernel_size: int, task: Task) -> int:
 
 
 def peak_rate(dtype: torch.dtype) -> float:
-    """Multiply-adds a second of the best of some matrix products, by PyTorch's library for them and by oneDNN."""
+    """Measure the multiply-adds a second of the best matrix product, by PyTorch's library for them or by oneDNN."""
     a, b, seconds = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype), []
     for product in [lambda: a @ b, lambda: linear(a, b)] * 10:
         start = time.perf_counter()
@@ -198,8 +200,8 @@ def peak_rate(dtype: torch.dtype) -> float:
     return 2048**3 / min(seconds)
 
 
-def test(file: str) -> None:
-    """Runs tests of kernels.
+def require_green(file: str) -> None:
+    """Run tests of kernels.
 
     Raises:
         UserError: one failed.
@@ -213,12 +215,12 @@ def test(file: str) -> None:
 
 
 def listed(values: object) -> list:
-    """One value of a command line as a list of one."""
+    """Return the values of a command line as a list, which one value alone is not."""
     return list(values) if isinstance(values, list | tuple) else [values]
 
 
-def check(original: str | None, **known: tuple[Sequence, Iterable]) -> None:
-    """Compares arguments by name, as (given, possible).
+def check_arguments(original: str | None, **known: tuple[Sequence, Iterable]) -> None:
+    """Compare arguments by name, as (given, possible).
 
     Raises:
         UserError: a value is not possible, or `original` is no checkout of MIC-DKFZ/MedNeXt.
@@ -238,8 +240,10 @@ def bench(
     original: str | None = None,
     output: str | None = None,
 ) -> None:
-    """Prints a table in Markdown: for each task, network and implementation median and spread of seconds, how many
-    times as fast as the first implementation, peak memory, and the share of the arithmetic limit.
+    """Print a table in Markdown with a row for each task, network and implementation.
+
+    It has median and spread of seconds, how many times as fast that is as the first implementation, peak memory, and
+    the share of the arithmetic limit.
 
     Args:
         sizes: rows of the paper's table.
@@ -255,8 +259,8 @@ def bench(
     """
     sizes, kernel_sizes, tasks = map(listed, (sizes, kernel_sizes, tasks))
     tasks = [str(task) for task in tasks]
-    check(original, sizes=(sizes, "SBML"), kernel_sizes=(kernel_sizes, KERNEL_SIZES), tasks=(tasks, TASKS))
-    test("tests/kernels/test_cpu.py")
+    check_arguments(original, sizes=(sizes, "SBML"), kernel_sizes=(kernel_sizes, KERNEL_SIZES), tasks=(tasks, TASKS))
+    require_green("tests/kernels/test_cpu.py")
     lines = _table(sizes, kernel_sizes, tasks, rounds, original)
     if output is not None:
         Path(output).write_text("\n".join(lines) + "\n")

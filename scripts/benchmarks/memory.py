@@ -1,4 +1,4 @@
-"""What a training step keeps and takes, for each way of recomputing: `python -m scripts benchmark_memory --size S`."""
+"""Memory and time of a training step, for each way of recomputing: `python -m scripts benchmark_memory --size S`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ STYLES = (
 
 
 def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, each storage once, parameters not counted.
+    """Count bytes that the forward pass keeps for the backward pass, each storage once, parameters not counted.
 
     Both may be on the meta device: then nothing is computed and the answer is the same.
     """
@@ -41,8 +42,8 @@ def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def measure(network: nn.Module, image: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Median seconds of a step, and its peak bytes on CUDA (else nan).
+def time_step(network: nn.Module, image: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Return the median seconds of a step, and its peak bytes on CUDA (else nan).
 
     A step is forward and backward in training mode, on CUDA under autocast to bfloat16; without an optimizer.
     """
@@ -71,7 +72,7 @@ def memory(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     repeats: int = 3,
 ) -> None:
-    """Prints a row for no recomputing, and for wide layers and whole blocks at the two finest and at all resolutions.
+    """Print a row for no recomputing, and for wide layers and whole blocks at the two finest and at all resolutions.
 
     Args:
         size: row of the table of sizes.
@@ -96,18 +97,18 @@ def memory(
     )
     print(f"{'checkpoint_style':52}{'kept, float32':>20}{'peak':>12}{'a step':>12}")
     for style in STYLES:
-        options = {"deep_supervision": True, "checkpoint_style": style}
+        build = partial(create_mednext, in_channels, out_channels, size, kernel_size, True, checkpoint_style=style)
         torch.manual_seed(0)
         with torch.device("cpu" if device == "cpu" else "meta"):  # on a CPU other kernels run, which keep less
-            network = create_mednext(in_channels, out_channels, size, kernel_size, **options)
+            network = build()
             image = torch.randn(batch_size, in_channels, *patch_size)
         row = f"{style if style is None or isinstance(style, str) else list(style)!s:52}"
         row += f"{kept_bytes(network, image) / 2**30:16.2f} GiB"
         if device != "meta":
             if device != "cpu":
-                network = create_mednext(in_channels, out_channels, size, kernel_size, **options).to(device)
+                network = build().to(device)
                 image = torch.randn(image.shape, device=device)
-            seconds, peak = measure(network, image, repeats)
+            seconds, peak = time_step(network, image, repeats)
             row += f"{'-':>12}" if math.isnan(peak) else f"{peak / 2**30:8.2f} GiB"
             row += f"{seconds:10.2f} s"
         print(row, flush=True)

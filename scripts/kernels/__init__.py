@@ -1,25 +1,25 @@
-"""The engine room: what MedNeXt spends its time on, each operation as stock PyTorch and as something faster.
+"""What MedNeXt spends its time on, each operation as stock PyTorch and as something faster.
 
-Kernels know tensors and no modules. `reference` is the specification, in stock operators that run everywhere; `cpu` is
-for CPUs, `gpu` for GPUs, in Triton. All have `depthwise` and `expansion`, with the same arguments and, to rounding, the
-same numbers.
+Kernels know tensors and no modules. A `Backend` computes the operations of a block: `reference` in stock operators that
+run everywhere, which is the specification; `cpu` for CPUs; `triton` for GPUs.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from torch import Tensor
 
-import torch
+from .backend import Backend
+from .cpu import Cpu
+from .reference import Reference
+from .triton_ops import Triton
 
-from . import autotune as measured
-from . import cpu, reference
-from . import triton_ops as gpu
-
-KERNELS = ("auto", "reference", "cpu", "triton")
+REFERENCE, CPU, TRITON = Reference(), Cpu(), Triton()
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, CPU, TRITON)}
+KERNELS = ("auto", *BACKENDS)
 
 
-def check(kernels: str) -> str:
-    """Its argument.
+def check_kernels(kernels: str) -> str:
+    """Return the name of a backend, or "auto", as it is.
 
     Raises:
         ValueError: it is none of KERNELS.
@@ -29,14 +29,14 @@ def check(kernels: str) -> str:
     return kernels
 
 
-def choose(
-    kernels: str, x: torch.Tensor, why_not: str | None = None, compiled: bool = True, kernel_size: int | None = None
-) -> ModuleType:
-    """The module whose operations suit the tensor.
+def choose_kernels(
+    kernels: str, x: Tensor, why_not: str | None = None, compiled: bool = True, kernel_size: int | None = None
+) -> Backend:
+    """Choose the backend that suits the tensor.
 
     Args:
-        kernels: one of KERNELS; "auto" is "cpu" on a CPU and, where `measured` says that it is faster, "triton" on a
-            GPU, if that is possible; else "reference".
+        kernels: one of KERNELS; "auto" is "cpu" on a CPU and, where it was measured to be faster (see `autotune`),
+            "triton" on a GPU, if that is possible; else "reference".
         x: (N, C, *space).
         why_not: what about the operation only the reference can do.
         compiled: whether the operation has a part that is compiled, which "cpu" by name insists on.
@@ -45,13 +45,14 @@ def choose(
     Raises:
         RuntimeError: what was asked for by name cannot run on this tensor or this machine; says why.
     """
-    if kernels == "reference":
-        return reference
-    ops = gpu if kernels == "triton" or (kernels == "auto" and x.is_cuda) else cpu
-    reason = why_not or ops.unsuitable(x, kernel_size)
+    if kernels == REFERENCE.name:
+        return REFERENCE
     if kernels == "auto":
-        return reference if reason or (ops is gpu and not measured.faster(x, kernel_size)) else ops
-    reason = reason or (cpu.missing(x) if compiled and ops is cpu else None)
+        fast: Backend = TRITON if x.is_cuda else CPU
+        reason = why_not or fast.unsuitable(x, kernel_size)
+        return fast if reason is None and fast.faster(x, kernel_size) else REFERENCE
+    backend = BACKENDS[check_kernels(kernels)]
+    reason = why_not or backend.unsuitable(x, kernel_size) or (backend.incomplete(x) if compiled else None)
     if reason:
         raise RuntimeError(f'kernels="{kernels}" cannot be used: {reason}. Use kernels="auto".')
-    return ops
+    return backend

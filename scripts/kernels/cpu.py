@@ -1,9 +1,8 @@
 """The operations of a MedNeXt block on a CPU: channels-last, a tile at a time, nothing of the hidden size kept.
 
 - A depthwise convolution and its input gradient (a convolution with the flipped kernel, or the transposed one) are
-  oneDNN's forward convolution wherever that is an ordinary convolution; the rest is `native`, else `composed`.
-- Norm, expansion, GELU, GRN, compression and residual (`expansion`) run over tiles of voxels whose hidden layer stays
-  in the cache.
+  oneDNN's forward convolution wherever that is an ordinary convolution; the rest is `native`, else `fallback`.
+- Norm, expansion, GELU, GRN, compression and residual are `mlp` on the rows of `cpu_mlp`.
 
 Sums over voxels are kept in float32 at least, those of the norm in float64. Under autocast to bfloat16 activations and
 products are bfloat16; weights stay as they are and get their gradients in their own precision.
@@ -13,58 +12,103 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
 import time
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..utils.files import write_whole
-from . import fallback as composed
-from . import mlp as expansions
-from . import native
-from .mlp import Layers
-from .reference import CONV, Moments, Weights, channels_last, foreign, plain, pointwise  # noqa: F401
-
-TILE_BYTES = 2**21  # of the hidden layer of a tile; from 1 to 4 MiB made no difference on 1 MiB of L2 a core
-
-
-def unsuitable(x: torch.Tensor, kernel_size: int | None = None) -> str | None:
-    """Why the operations below cannot run on x (N, C, *space), if they cannot; they can with any kernel."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "a graph is being recorded, which needs stock operators"
-    if reason := foreign(x):
-        return reason
-    if x.device.type != "cpu" or x.dtype not in native.STORED:
-        return f"the input is {x.dtype} on {x.device}; it needs float32, bfloat16 or float64 on a CPU"
-    return None
+from . import mlp, native
+from .backend import Moments, Weights, channels_last, foreign, plain
+from .cpu_mlp import CpuRows
+from .fallback import Fallback
+from .native import Native
+from .reference import CONV, pointwise
 
 
-def missing(x: torch.Tensor) -> str | None:
-    """Why x (N, C, *space) would be computed with `composed` instead of `native`, if it would."""
-    try:
-        native.library()
-    except native.UnavailableError as reason:
-        return str(reason)
-    if x.shape[1] % native.LANES:
-        return f"{x.shape[1]} channels are no multiple of {native.LANES}"
-    return None
+class Helper(Protocol):
+    """The operations that oneDNN lacks or does slowly, on channels-last tensors."""
+
+    def transposed(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+        """Compute the transposed depthwise convolution of x (N, C, *space) to (N, C, *size).
+
+        It is also the input gradient of the convolution that made (N, C, *space) of (N, C, *size).
+        """
+        ...
+
+    def weight_gradient(self, fine: Tensor, coarse: Tensor, stride: int, weight: Tensor) -> Tensor:
+        """Compute the gradient of the weights of the depthwise convolution from `fine` to `coarse`: (C, 1, k, ..).
+
+        One of the two is what the convolution got, the other the gradient of what it made.
+        """
+        ...
+
+    def moments(self, x: Tensor) -> Moments:
+        """Compute mean and variance over space of x (N, C, *space), in float64."""
+        ...
 
 
-def _helper(x: torch.Tensor, edge: int = 3) -> ModuleType:
-    return native if native.suits(x, edge) else composed
+NATIVE, FALLBACK, ROWS = Native(), Fallback(), CpuRows()
 
 
-# ---- depthwise convolution
+def _helper(x: Tensor, edge: int = 3) -> Helper:
+    return NATIVE if NATIVE.suits(x, edge) else FALLBACK
 
 
-def depthwise(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int = 1, transposed: bool = False
-) -> tuple[torch.Tensor, None]:
-    """As `reference.depthwise`, channels-last."""
-    return _Depthwise.apply(plain(x), weight, bias, stride, transposed), None
+class Cpu:
+    """oneDNN's convolutions and matrix products, and kernels in C++ where there is a compiler; see `Backend`."""
+
+    name = "cpu"
+
+    def unsuitable(self, x: Tensor, kernel_size: int | None = None) -> str | None:
+        """Say why the operations cannot run on x (N, C, *space), if they cannot; they can with any kernel."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return "a graph is being recorded, which needs stock operators"
+        if reason := foreign(x):
+            return reason
+        if x.device.type != "cpu" or x.dtype not in native.STORED:
+            return f"the input is {x.dtype} on {x.device}; it needs float32, bfloat16 or float64 on a CPU"
+        return None
+
+    def incomplete(self, x: Tensor) -> str | None:
+        """Say why x (N, C, *space) would be computed with `fallback` instead of `native`, if it would."""
+        try:
+            native.library()
+        except native.UnavailableError as reason:
+            return str(reason)
+        if x.shape[1] % native.LANES:
+            return f"{x.shape[1]} channels are no multiple of {native.LANES}"
+        return None
+
+    def faster(self, x: Tensor, kernel_size: int | None) -> bool:
+        """Tell that it is faster wherever it can be used."""
+        return True
+
+    def depthwise(
+        self, x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, transposed: bool = False
+    ) -> tuple[Tensor, None]:
+        """Convolve every channel with its own kernel, channels-last."""
+        return _Depthwise.apply(plain(x), weight, bias, stride, transposed), None
+
+    def mlp(
+        self,
+        y: Tensor,
+        weights: Weights,
+        eps: float,
+        over_sum: bool = False,
+        residual: Tensor | None = None,
+        moments: Moments | None = None,
+    ) -> Tensor:
+        """Compute norm, expansion, GELU, GRN, compression and residual, channels-last."""
+        residual = residual if residual is None else plain(residual)
+        return _Mlp.apply(plain(y), moments, eps, over_sum, residual, *weights)
+
+    def pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve with a 1x1x1 kernel: a matrix product on channels-last memory."""
+        return pointwise(x, weight, bias)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -101,32 +145,17 @@ class _Depthwise(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
-def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1) -> torch.Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
     bias = bias if bias is None else bias.to(x.dtype)
     y = CONV[x.dim()](x, weight.to(x.dtype), bias, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight))
     return channels_last(y)
 
 
-# ---- norm, expansion, GELU, GRN, compression, residual
-
-
-def expansion(
-    y: torch.Tensor,
-    weights: Weights,
-    eps: float,
-    over_sum: bool = False,
-    residual: torch.Tensor | None = None,
-    moments: Moments | None = None,
-) -> torch.Tensor:
-    """As `reference.expansion`, channels-last."""
-    residual = residual if residual is None else plain(residual)
-    return _Expansion.apply(plain(y), moments, eps, over_sum, residual, *weights)
-
-
-class _Expansion(torch.autograd.Function):
+class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, moments, eps, over_sum, residual, *weights):
-        out, kept = expansions.forward(_ROWS, y, moments, eps, Weights(*weights), over_sum, residual)
+        moments = _helper(y).moments(y) if moments is None else moments
+        out, kept = mlp.forward(ROWS, y, moments, eps, Weights(*weights), over_sum, residual)
         ctx.save_for_backward(y, *kept, *weights)
         ctx.over_sum, ctx.has_residual = over_sum, residual is not None
         return out
@@ -136,125 +165,14 @@ class _Expansion(torch.autograd.Function):
     def backward(ctx, g):
         y, scale, shift, energy, *weights = ctx.saved_tensors
         g = channels_last(g)
-        kept = expansions.Kept(scale, shift, energy)
-        dy, grads = expansions.backward(_ROWS, g, y, Weights(*weights), ctx.over_sum, kept)
+        kept = mlp.Kept(scale, shift, energy)
+        dy, grads = mlp.backward(ROWS, g, y, Weights(*weights), ctx.over_sum, kept)
         return dy, None, None, None, g if ctx.has_residual else None, *grads
-
-
-_ROWS = sys.modules[__name__]
-
-
-def moments(y: torch.Tensor) -> Moments:
-    """See `expansion.Rows`, as of the next four."""
-    return _helper(y).moments(y)
-
-
-def _tiles(voxels: int, layers: Layers) -> list[slice]:
-    rows = max(TILE_BYTES // (len(layers.first) * layers.first.element_size()), 64)
-    return [slice(start, min(start + rows, voxels)) for start in range(0, voxels, rows)]
-
-
-def _normalised(rows: torch.Tensor, tile: slice, scale: torch.Tensor, shift: torch.Tensor, buffer: torch.Tensor):
-    return torch.addcmul(shift, rows[tile], scale, out=buffer[: tile.stop - tile.start])
-
-
-def energy(y: torch.Tensor, layers: Layers) -> torch.Tensor:
-    total = layers.scale.new_zeros(len(y), len(layers.first), dtype=torch.float64)
-    start, tiles = layers.start.to(y.dtype), _tiles(y.shape[1], layers)
-    buffer = y.new_empty(tiles[0].stop, y.shape[2])
-    for n, rows in enumerate(y):
-        for tile in tiles:
-            z = _normalised(rows, tile, layers.scale[n], layers.shift[n], buffer)
-            hidden = torch.ops.aten.gelu_(linear(z, layers.first, start)).to(layers.scale.dtype)
-            total[n] += hidden.square_().sum(0)
-    return total.to(layers.scale.dtype)
-
-
-def forward_rows(y: torch.Tensor, layers: Layers, residual: torch.Tensor | None, out: torch.Tensor) -> None:
-    scale, shift, first, start, second, end = layers
-    start, end = start.to(y.dtype), end.to(y.dtype)
-    tiles = _tiles(y.shape[1], layers)
-    buffer = y.new_empty(tiles[0].stop, y.shape[2])
-    for n, (rows, made) in enumerate(zip(y, out, strict=True)):
-        for tile in tiles:
-            z = _normalised(rows, tile, scale[n], shift[n], buffer)
-            product = linear(torch.ops.aten.gelu_(linear(z, first, start)), second[n], end)
-            if residual is None:
-                made[tile] = product
-            else:
-                torch.add(residual[n, tile], product, out=made[tile])
-
-
-def backward_rows(
-    g: torch.Tensor, y: torch.Tensor, layers: Layers, along: torch.Tensor | None, dz: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    scale, shift, first, start, second, end = layers
-    found = [scale.new_zeros(len(y), *t.shape, dtype=torch.float64) for t in (first, start, second[0], end)]
-    start, first_back = start.to(y.dtype), first.t().contiguous()
-    tiles = _tiles(y.shape[1], layers)
-    buffer = y.new_empty(tiles[0].stop, y.shape[2])
-    for n, (rows, grads, dfirst, dstart, dsecond, dend) in enumerate(zip(y, g, *found, strict=True)):
-        second_back = second[n].t().contiguous()
-        for tile in tiles:
-            z = _normalised(rows, tile, scale[n], shift[n], buffer)
-            before, dhidden = linear(z, first, start), linear(grads[tile], second_back)
-            hidden = torch.ops.aten.gelu(before)
-            # matrix products of MKL are slower than `_product` and more exact, which both gammas' gradients need
-            dsecond += _product(grads[tile], hidden) if dz is not None else grads[tile].t() @ hidden
-            dend += grads[tile].sum(0, dtype=scale.dtype)
-            if along is not None:
-                torch.addcmul(dhidden, hidden, along[n], out=dhidden)
-            torch.ops.aten.gelu_backward.grad_input(dhidden, before, grad_input=dhidden)
-            dfirst += dhidden.t() @ z
-            dstart += dhidden.sum(0, dtype=scale.dtype)
-            if dz is not None:
-                dz[n, tile] = linear(dhidden, first_back)
-    return tuple(total.to(scale.dtype) for total in found)
-
-
-def combine_rows(dz: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
-    step = max(TILE_BYTES // (y.shape[2] * 4), 64)
-    buffer = a.new_empty(min(step, y.shape[1]), y.shape[2])
-    for n, (gradient, rows) in enumerate(zip(dz, y, strict=True)):
-        for start in range(0, len(rows), step):
-            tile = slice(start, min(start + step, len(rows)))
-            total = torch.addcmul(c[n], rows[tile], b[n], out=buffer[: tile.stop - tile.start])
-            torch.addcmul(total, gradient[tile], a[n], out=gradient[tile])
-
-
-def _image(rows: torch.Tensor) -> torch.Tensor:
-    """(rows, C) as (1, C, rows, 1), channels-last, of the same memory."""
-    return rows.view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
-
-
-def _as_convolution(rows: torch.Tensor) -> bool:
-    """Whether products with rows (rows, C) are 1x1 convolutions: those are oneDNN's, which uses AVX512 on every
-    processor that has it, where MKL's matrix products do on Intel's alone."""
-    return rows.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-
-def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """rows (rows, C) @ weight (K, C).T + bias (K,), contiguous."""
-    if not _as_convolution(rows):
-        return F.linear(rows, weight, bias)
-    return F.conv2d(_image(rows), weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(len(rows), -1)
-
-
-def _product(g: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """g (rows, K).T @ rows (rows, C): the gradient of the weights of `linear` that made of rows what g belongs to."""
-    if not _as_convolution(rows):
-        return g.t() @ rows
-    like, none = rows.new_empty(g.shape[1], rows.shape[1], 1, 1), [0, 0]
-    args = (None, [1, 1], none, [1, 1], False, none, 1, [False, True, False])
-    return torch.ops.aten.convolution_backward(_image(g), _image(rows), like, *args)[1][:, :, 0, 0]
-
-
-# ---- precision
 
 
 @functools.cache
 def bfloat16_pays() -> bool:
-    """Whether this processor is faster in bfloat16: measured once and remembered, so that results stay the same.
+    """Tell whether this processor is faster in bfloat16: measured once and remembered, so that results stay the same.
 
     Processors with AVX512-BF16 or AMX are; others emulate it.
     """
@@ -270,16 +188,16 @@ def bfloat16_pays() -> bool:
 
 
 def _measure_bfloat16() -> bool:
-    """Whether a block of 32 channels at 64^3 takes at most 0.9 of the time; best of five each."""
-    fastest = {}
+    """Time blocks of 32 channels at 64^3, best of five each: whether bfloat16 takes at most 0.9 of float32's time."""
+    cpu, fastest = Cpu(), {}
     for dtype in (torch.float32, torch.bfloat16):
         x, row = torch.ones(1, 32, 64, 64, 64, dtype=dtype), torch.ones(32)
         square = torch.ones(64, 32)
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
-            y, _ = depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
-            expansion(y, Weights(row, row, square, torch.ones(64), square.t(), row), 1e-5, residual=x)
+            y, _ = cpu.depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
+            cpu.mlp(y, Weights(row, row, square, torch.ones(64), square.t(), row), 1e-5, residual=x)
             seconds.append(time.perf_counter() - start)
         fastest[dtype] = min(seconds)
     return fastest[torch.bfloat16] < 0.9 * fastest[torch.float32]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .reference import CHANNELS_LAST
+from .backend import CHANNELS_LAST, Moments
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ["-std=c++14", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-Wno-psabi"]
@@ -40,7 +40,7 @@ class UnavailableError(RuntimeError):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Return the compiled kernels.
 
     Raises:
         UnavailableError: no compiler, it failed, or what it made cannot be loaded.
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL:
 
 
 def available() -> bool:
-    """Whether there is a library."""
+    """Tell whether there is a library."""
     try:
         library()
     except UnavailableError:
@@ -73,7 +73,7 @@ def available() -> bool:
 
 
 def processor() -> bytes:
-    """Tells processors apart, since a home directory may be shared by several."""
+    """Describe the processor, since a home directory may be shared by several."""
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text().splitlines() if flags.exists() else []
     return "\n".join(
@@ -82,7 +82,7 @@ def processor() -> bytes:
 
 
 def cache() -> Path:
-    """A folder that nobody else writes to.
+    """Return the folder for what is compiled and measured, to which nobody else writes.
 
     Raises:
         OSError: somebody else can, or it cannot be made.
@@ -103,8 +103,10 @@ def _compile(compiler: str, file: Path) -> None:
         os.replace(made[1], file)
 
 
-def _shape(n: int, channels: int, fine: Sequence[int], coarse: Sequence[int], kernel: Sequence[int], stride: int):
-    """Two spatial axes become three, the first of one voxel."""
+def _shape(
+    n: int, channels: int, fine: Sequence[int], coarse: Sequence[int], kernel: Sequence[int], stride: int
+) -> _Shape:
+    """Describe a convolution, whose two spatial axes become three, the first of one voxel."""
 
     def three(values: Sequence[int]) -> ctypes.Array:
         return (ctypes.c_int64 * 3)(*[1] * (3 - len(values)), *values)
@@ -113,7 +115,7 @@ def _shape(n: int, channels: int, fine: Sequence[int], coarse: Sequence[int], ke
 
 
 def _call(name: str, *arguments: object) -> None:
-    """Tensors are passed by their first element."""
+    """Call a function of the library; tensors are passed by their first element."""
     plain = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
     getattr(library(), f"mednext_{name}")(*plain)
 
@@ -122,43 +124,42 @@ def _parts(*shape: int) -> torch.Tensor:
     return torch.zeros(library().mednext_threads(), *shape, dtype=torch.float64)
 
 
-def suits(x: torch.Tensor, edge: int) -> bool:
-    """Whether the functions below take x (N, C, *space) and kernels of that edge."""
-    return x.shape[1] % LANES == 0 and edge in KERNEL_SIZES and x.dtype in STORED and available()
+class Native:
+    """The operations that oneDNN lacks or does slowly, compiled: see `cpu.Helper`."""
 
+    def suits(self, x: torch.Tensor, edge: int) -> bool:
+        """Tell whether the operations take x (N, C, *space) and kernels of that edge."""
+        return x.shape[1] % LANES == 0 and edge in KERNEL_SIZES and x.dtype in STORED and available()
 
-def transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, size: Sequence[int]):
-    """The transposed depthwise convolution of x, channels-last (N, C, *space), to (N, C, *size), channels-last.
+    def transposed(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, size: Sequence[int]
+    ) -> torch.Tensor:
+        """Compute the transposed convolution."""
+        y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=CHANNELS_LAST[x.dim()])
+        number = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weights = weight.detach().to(number).flatten(1).t().contiguous()  # (k^3, C)
+        start = bias.detach().to(number).contiguous()
+        n, channels = x.shape[:2]
+        shape = _shape(n, channels, size, x.shape[2:], weight.shape[2:], stride)
+        _call("transposed", x, weights, start, y, ctypes.byref(shape), STORED[x.dtype])
+        return y
 
-    It is also the input gradient of the convolution that made (N, C, *space) of (N, C, *size).
-    """
-    y = torch.empty((*x.shape[:2], *size), dtype=x.dtype, memory_format=CHANNELS_LAST[x.dim()])
-    number = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = weight.detach().to(number).flatten(1).t().contiguous()  # (k^3, C)
-    start = bias.detach().to(number).contiguous()
-    shape = _shape(*x.shape[:2], size, x.shape[2:], weight.shape[2:], stride)
-    _call("transposed", x, weights, start, y, ctypes.byref(shape), STORED[x.dtype])
-    return y
+    def weight_gradient(
+        self, fine: torch.Tensor, coarse: torch.Tensor, stride: int, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum products of voxels of both, in float64."""
+        n, channels = fine.shape[:2]
+        kernel = weight.shape[2:]
+        sums = _parts(kernel.numel(), channels)
+        shape = _shape(n, channels, fine.shape[2:], coarse.shape[2:], kernel, stride)
+        _call("correlate", fine, coarse, sums, ctypes.byref(shape), STORED[fine.dtype])
+        return sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
 
-
-def weight_gradient(fine: torch.Tensor, coarse: torch.Tensor, stride: int, weight: torch.Tensor) -> torch.Tensor:
-    """Of the depthwise convolution from `fine` to `coarse`, like `weight`: (C, 1, k, ..).
-
-    Both are channels-last; one is what the convolution got, the other the gradient of what it made.
-    """
-    n, channels = fine.shape[:2]
-    kernel = weight.shape[2:]
-    sums = _parts(kernel.numel(), channels)
-    shape = _shape(n, channels, fine.shape[2:], coarse.shape[2:], kernel, stride)
-    _call("correlate", fine, coarse, sums, ctypes.byref(shape), STORED[fine.dtype])
-    return sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
-
-
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance over space of x, channels-last (N, C, *space): two (N, C) in float64."""
-    n, channels = x.shape[:2]
-    size = x.shape[2:]
-    sums = _parts(n, 2, channels)
-    _call("moments", x, sums, ctypes.byref(_shape(n, channels, size, size, [1] * len(size), 1)), STORED[x.dtype])
-    mean, squares = (sums.sum(0) / size.numel()).unbind(1)
-    return mean, (squares - mean.square()).clamp(min=0)
+    def moments(self, x: torch.Tensor) -> Moments:
+        """Sum voxels and their squares, in float64."""
+        n, channels = x.shape[:2]
+        size = x.shape[2:]
+        sums = _parts(n, 2, channels)
+        _call("moments", x, sums, ctypes.byref(_shape(n, channels, size, size, [1] * len(size), 1)), STORED[x.dtype])
+        mean, squares = (sums.sum(0) / size.numel()).unbind(1)
+        return mean, (squares - mean.square()).clamp(min=0)

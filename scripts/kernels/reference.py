@@ -2,110 +2,69 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import Moments, Weights, plain
 
 CONV = {4: F.conv2d, 5: F.conv3d}
 CONV_TRANSPOSE = {4: F.conv_transpose2d, 5: F.conv_transpose3d}
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-Moments = tuple[torch.Tensor, torch.Tensor]
+class Reference:
+    """Stock operators, which run everywhere."""
+
+    name = "reference"
+
+    def unsuitable(self, x: Tensor, kernel_size: int | None = None) -> None:
+        """Exclude nothing."""
+
+    def incomplete(self, x: Tensor) -> None:
+        """Miss nothing, since stock operators are its own."""
+
+    def faster(self, x: Tensor, kernel_size: int | None) -> bool:
+        """Tell that nothing is faster than itself."""
+        return False
+
+    def depthwise(
+        self, x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, transposed: bool = False
+    ) -> tuple[Tensor, None]:
+        """Convolve every channel with its own kernel."""
+        convolve = (CONV_TRANSPOSE if transposed else CONV)[x.dim()]
+        return convolve(x, weight, bias, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight)), None
+
+    def mlp(
+        self,
+        y: Tensor,
+        weights: Weights,
+        eps: float,
+        over_sum: bool = False,
+        residual: Tensor | None = None,
+        moments: Moments | None = None,
+    ) -> Tensor:
+        """Compute norm, expansion, GELU, GRN, compression and residual one after another."""
+        gamma, beta, w1, b1, w2, b2, grn_gamma, grn_beta = weights
+        one = [1] * (y.dim() - 2)
+        convolve = CONV[y.dim()]
+        hidden = F.gelu(convolve(F.group_norm(y, y.shape[1], gamma, beta, eps), w1.unflatten(1, [-1, *one]), b1))
+        if grn_gamma is not None and grn_beta is not None:
+            hidden = grn(hidden, grn_gamma.view(-1, *one), grn_beta.view(-1, *one), over_sum)
+        out = convolve(hidden, w2.unflatten(1, [-1, *one]), b2)
+        return out if residual is None else residual + out
+
+    def pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve with a 1x1x1 kernel: a matrix product on channels-last memory."""
+        return pointwise(x, weight, bias)
 
 
-class Weights(NamedTuple):
-    """Of the layers of a block that follow its depthwise convolution."""
-
-    gamma: torch.Tensor  # (C,), of the norm
-    beta: torch.Tensor  # (C,)
-    w1: torch.Tensor  # (R, C), to the hidden layer
-    b1: torch.Tensor  # (R,)
-    w2: torch.Tensor  # (K, R)
-    b2: torch.Tensor  # (K,)
-    grn_gamma: torch.Tensor | None = None  # (R,), of GRN if there is one
-    grn_beta: torch.Tensor | None = None  # (R,)
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """x (N, C, *space), channels-last in memory."""
-    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-
-
-def plain(x: torch.Tensor) -> torch.Tensor:
-    """x (N, C, *space) as kernels take it: PyTorch's own tensor, in the precision of autocast, channels-last."""
-    x = x.as_tensor() if hasattr(x, "as_tensor") else x  # MONAI's MetaTensor has it
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return channels_last(x)
-
-
-def foreign(x: object) -> str | None:
-    """Why kernels, which know `plain` tensors alone, cannot take x, if they cannot."""
-    if type(x) is torch.Tensor or hasattr(x, "as_tensor"):
-        return None
-    return f"the input is a {type(x).__name__}, not a plain tensor"
-
-
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """1x1x1 convolution, (N, C, *space) -> (N, K, *space): a matrix product on channels-last memory; weight (K, C)."""
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve x (N, C, *space) with a 1x1x1 kernel, weight (K, C), by a matrix product on channels-last memory."""
     return F.linear(plain(x).movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
-def depthwise(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int = 1, transposed: bool = False
-) -> tuple[torch.Tensor, Moments | None]:
-    """Convolves every channel with its own kernel of odd edge k, padded by k // 2.
-
-    Args:
-        x: (N, C, *space).
-        weight: (C, 1, k, ..).
-        bias: (C,).
-        stride: 1 or 2.
-        transposed: the transposed convolution; with stride 2 it makes 2n - 1 voxels of n.
-
-    Returns:
-        (N, C, *space), of the sides of x with stride 1, half of them rounded up with 2; and its mean and variance over
-        space, two (N, C), where they come for nothing.
-    """
-    convolve = (CONV_TRANSPOSE if transposed else CONV)[x.dim()]
-    return convolve(x, weight, bias, stride=stride, padding=weight.shape[-1] // 2, groups=len(weight)), None
-
-
-def expansion(
-    y: torch.Tensor,
-    weights: Weights,
-    eps: float,
-    over_sum: bool = False,
-    residual: torch.Tensor | None = None,
-    moments: Moments | None = None,
-) -> torch.Tensor:
-    """Normalises each channel over space, expands, GELU (exact), GRN if it has weights, compresses, adds the residual.
-
-    Args:
-        y: (N, C, *space).
-        weights: of the layers.
-        eps: added to the variance.
-        over_sum: see `grn`.
-        residual: (N, K, *space), or None.
-        moments: what `depthwise` said of y.
-
-    Returns:
-        (N, K, *space).
-    """
-    gamma, beta, w1, b1, w2, b2, grn_gamma, grn_beta = weights
-    one = [1] * (y.dim() - 2)
-    convolve = CONV[y.dim()]
-    hidden = F.gelu(convolve(F.group_norm(y, y.shape[1], gamma, beta, eps), w1.unflatten(1, [-1, *one]), b1))
-    if grn_gamma is not None:
-        hidden = grn(hidden, grn_gamma.view(-1, *one), grn_beta.view(-1, *one), over_sum)
-    out = convolve(hidden, w2.unflatten(1, [-1, *one]), b2)
-    return out if residual is None else residual + out
-
-
 def grn(y: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, over_sum: bool) -> torch.Tensor:
-    """Global Response Normalisation of ConvNeXt V2, which adds y (N, R, *space); can be scripted.
+    """Apply Global Response Normalisation of ConvNeXt V2, which adds y (N, R, *space); can be scripted.
 
     A channel's energy, its norm over space, is divided by the mean over the channels or by their sum.
     """

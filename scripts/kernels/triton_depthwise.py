@@ -8,10 +8,14 @@ it is added at once to the k output planes that it touches. Sums are float32, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .backend import Moments
 
 TILES = {3: (8, 8), 5: (4, 8), 7: (4, 4)}  # that leave room for k accumulators in the registers of 4 warps
 CHANNELS = 32  # of a tile, at most
@@ -21,14 +25,14 @@ PARTS = 32  # partial moments that are merged at a time
 
 @triton.jit
 def tile_voxels(index, columns, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """h and w of the voxels of a tile; there are `columns` tiles in a row."""
+    """Compute h and w of the voxels of a tile; there are `columns` tiles in a row."""
     p = tl.arange(0, BLOCK_H * BLOCK_W)
     return index // columns * BLOCK_H + p // BLOCK_W, index % columns * BLOCK_W + p % BLOCK_W
 
 
 @triton.jit
 def load_voxels(source, h, w, width, channels, c, seen, in_channels):
-    """The tile (voxels, channels) of a plane that starts at `source`, in float32, with zeros where not `seen`."""
+    """Load the tile (voxels, channels) of a plane that starts at `source`, in float32, with zeros where not `seen`."""
     offset = (h * width + w) * channels
     v = tl.load(source + offset[:, None] + c[None, :], mask=seen[:, None] & in_channels[None, :], other=0.0)
     return v.to(tl.float32)
@@ -41,7 +45,7 @@ def _row(source, c, in_channels):
 
 @triton.jit
 def _tile_moments(value, inside, rows):
-    """Voxels, mean and sum of squared deviations of a tile, of the voxels where `rows`."""
+    """Count the voxels of a tile where `rows`; their mean and their sum of squared deviations too."""
     size = tl.sum(rows.to(tl.float32), axis=0)
     mean = tl.sum(tl.where(inside, value, 0.0), axis=0) / tl.maximum(size, 1.0)
     deviation = tl.where(inside, value - mean[None, :], 0.0)
@@ -57,12 +61,23 @@ def _store_moments(moments, count, mean, squares, c, channels, in_channels):
 
 
 @triton.jit
+def _last(a2, a4, a6, K: tl.constexpr):
+    """Pick the last of K accumulators."""
+    if K == 3:
+        return a2
+    elif K == 5:
+        return a4
+    else:
+        return a6
+
+
+@triton.jit
 def _stream(
     x, weight, bias, y, moments,
     depth, height, width, channels, tiles, columns, chunks, steps, taps,
     K: tl.constexpr, MOMENTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = stride-1 convolution of x; of every program's part of y the count, mean and sum of squared deviations."""
+    """Convolve x with stride 1 to y; store count, mean and sum of squared deviations of every program's part of y."""
     P: tl.constexpr = K // 2
     tile, chunk, n = tl.program_id(0) % tiles, tl.program_id(0) // tiles % chunks, tl.program_id(0) // tiles // chunks
     h, w = tile_voxels(tile, columns, BLOCK_H, BLOCK_W)
@@ -96,13 +111,7 @@ def _stream(
             if K > 5:
                 a5 += v * _row(tap + 5 * along, c, in_channels)
                 a6 += v * _row(tap + 6 * along, c, in_channels)
-        # accumulator j belongs to plane z + P - j: the last one has met all of its taps
-        if K == 3:
-            done = a2
-        elif K == 5:
-            done = a4
-        else:
-            done = a6
+        done = _last(a2, a4, a6, K)  # accumulator j belongs to plane z + P - j: the last one has met all of its taps
         made = z - P
         if made >= first:
             rounded = (done + start).to(y.dtype.element_ty)
@@ -131,7 +140,7 @@ def _strided(
     depth, height, width, out_depth, out_height, out_width, channels, tiles, columns, taps,
     K: tl.constexpr, MOMENTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = stride-2 convolution of x."""
+    """Convolve x with stride 2 to y."""
     P: tl.constexpr = K // 2
     tile, z, n = tl.program_id(0) % tiles, tl.program_id(0) // tiles % out_depth, tl.program_id(0) // tiles // out_depth
     h, w = tile_voxels(tile, columns, BLOCK_H, BLOCK_W)
@@ -158,7 +167,7 @@ def _transposed(
     depth, height, width, out_depth, out_height, out_width, channels, tiles, columns,
     K: tl.constexpr, MOMENTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = stride-2 transposed convolution of x; a program makes the voxels of one plane with one parity of h and w.
+    """Convolve x, transposed, with stride 2 to y; a program makes one plane's voxels with one parity of h and w.
 
     Along an axis, output i is made of the inputs (i + P - t) / 2 for taps t of the parity of i + P.
     """
@@ -187,7 +196,7 @@ def _transposed(
 
 @triton.jit
 def _finish(acc, bias, plane, moments, h, w, width, channels, c, made, in_channels, MOMENTS: tl.constexpr):
-    """Stores a tile of a plane with its bias, and its moments as they are after rounding."""
+    """Store a tile of a plane with its bias, and its moments as they are after rounding."""
     inside = made[:, None] & in_channels[None, :]
     acc = (acc + _row(bias, c, in_channels)).to(plane.dtype.element_ty)
     offset = (h * width + w) * channels
@@ -199,7 +208,7 @@ def _finish(acc, bias, plane, moments, h, w, width, channels, c, made, in_channe
 
 @triton.jit
 def _merge(moments, mean, variance, programs, channels, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and variance of a case out of its programs' counts, means and squared deviations, in a fixed order."""
+    """Merge the programs' counts, means and squared deviations of a case, in a fixed order."""
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = c < channels
@@ -226,22 +235,20 @@ def _merge(moments, mean, variance, programs, channels, PARTS: tl.constexpr, BLO
     tl.store(variance + n * channels + c, squares / tl.maximum(count, 1.0), mask=in_channels)
 
 
-# ---- calling them
-
-
 def tile_of(channels: int, k: int) -> dict[str, int]:
+    """Choose the tile of a program."""
     height, width = TILES[k]
     return {"BLOCK_H": height, "BLOCK_W": width, "BLOCK_C": min(CHANNELS, triton.next_power_of_2(channels))}
 
 
 def tiles_of(size: Sequence[int], blocks: dict[str, int]) -> tuple[int, int]:
-    """Tiles of a plane (H, W), and tiles in a row of it."""
+    """Count the tiles of a plane (H, W), and those in a row of it."""
     columns = triton.cdiv(size[-1], blocks["BLOCK_W"])
     return columns * triton.cdiv(size[-2], blocks["BLOCK_H"]), columns
 
 
 def walk(depth: int, programs: int, k: int) -> tuple[int, int]:
-    """(chunks, steps): into how many walks of how many planes to cut z, where `programs` walk side by side.
+    """Choose into how many walks of how many planes to cut z, where `programs` walk side by side.
 
     A walk loads k - 1 planes more than it makes, so it is cut only for want of programs, and not below 2 k planes.
     """
@@ -249,15 +256,25 @@ def walk(depth: int, programs: int, k: int) -> tuple[int, int]:
     return triton.cdiv(depth, steps), steps
 
 
-def _vectors(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (k^3, C) and bias (C,), contiguous, float32."""
+def _vectors(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return weights (k^3, C) and bias (C,), contiguous, float32."""
     weights = weight.detach().flatten(1).t().float().contiguous()
     bias = torch.zeros(len(weight), device=x.device) if bias is None else bias.detach().float().contiguous()
     return weights, bias
 
 
-def _run(kernel, x, weight, bias, size, shape, programs: int, moments: bool, blocks: dict[str, int]):
-    """y (N, C, *size), channels-last, and its mean and variance (N, C) in float32 if `moments`, else None."""
+def _run(
+    kernel: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    shape: Sequence[int],
+    programs: int,
+    moments: bool,
+    blocks: dict[str, int],
+) -> tuple[Tensor, Moments | None]:
+    """Launch a kernel: y (N, C, *size), channels-last, and its mean and variance in float32 if `moments`, else None."""
     n, channels = x.shape[:2]
     y = x.new_empty((n, *size, channels)).movedim(-1, 1)
     parts = torch.empty((n, programs, 3, channels) if moments else 1, device=x.device)
@@ -265,13 +282,15 @@ def _run(kernel, x, weight, bias, size, shape, programs: int, moments: bool, blo
     kernel[grid](x, *_vectors(x, weight, bias), y, parts, *shape, K=weight.shape[-1], MOMENTS=moments, **blocks)
     if not moments:
         return y, None
-    mean, variance = (torch.empty((n, channels), device=x.device) for _ in range(2))
+    mean, variance = torch.empty((n, channels), device=x.device), torch.empty((n, channels), device=x.device)
     _merge[(n, grid[1])](parts, mean, variance, programs, channels, PARTS=PARTS, BLOCK_C=blocks["BLOCK_C"])
     return y, (mean, variance)
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, moments: bool = False):
-    """The depthwise convolution of x, channels-last (N, C, D, H, W): y and, if asked for, its mean and variance."""
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, moments: bool = False
+) -> tuple[Tensor, Moments | None]:
+    """Convolve x, channels-last (N, C, D, H, W), depthwise: y and, if asked for, its mean and variance."""
     channels, k = x.shape[1], weight.shape[-1]
     blocks = tile_of(channels, k)
     size = [-(-s // stride) for s in x.shape[2:]]
@@ -285,9 +304,9 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
 
 
 def transposed(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int], moments: bool = False
-):
-    """The transposed depthwise convolution of stride 2 of x to (N, C, *size): y and, if asked for, its moments."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], moments: bool = False
+) -> tuple[Tensor, Moments | None]:
+    """Convolve x, transposed, depthwise, with stride 2, to (N, C, *size): y and, if asked for, its moments."""
     blocks = tile_of(x.shape[1], weight.shape[-1])
     tiles, columns = tiles_of([-(-s // 2) for s in size], blocks)
     shape = (*x.shape[2:], *size, x.shape[1], tiles, columns)

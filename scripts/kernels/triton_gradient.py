@@ -21,7 +21,7 @@ def _correlate_stream(
     depth, height, width, channels, tiles, columns, chunks, steps,
     K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """parts[program, kz, kh, kw, c] = sum over its voxels of g times the x seen through the tap, with stride 1.
+    """Sum g times the x seen through a tap over a program's voxels into parts[program, kz, kh, kw, c], with stride 1.
 
     The grid is (parts, blocks of channels, K * K); a program has the K taps along z of one kh and kw.
     """
@@ -65,7 +65,7 @@ def _correlate_stream(
 
 @triton.jit
 def _store_taps(parts, c, channels, in_channels, tap, step, a0, a1, a2, a3, a4, a5, a6, K: tl.constexpr):
-    """The sums of K accumulators, at taps `tap`, `tap + step`, .."""
+    """Store the sums of K accumulators at taps `tap`, `tap + step`, .."""
     to = parts + (tl.program_id(0) * K * K * K + tap) * channels + c
     step = step * channels
     tl.store(to, tl.sum(a0, axis=0), mask=in_channels)
@@ -85,7 +85,7 @@ def _correlate_strided(
     depth, height, width, out_depth, out_height, out_width, channels, tiles, columns, jobs,
     K: tl.constexpr, STEPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As `_correlate_stream` with stride 2: STEPS tiles of the coarse grid a program, K taps along w of a kz and kh."""
+    """Sum as above with stride 2: STEPS tiles of the coarse grid a program, K taps along w of a kz and kh."""
     P: tl.constexpr = K // 2
     kz, kh = tl.program_id(2) // K, tl.program_id(2) % K
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -123,7 +123,7 @@ def _correlate_strided(
 
 
 def weight_gradient(fine: torch.Tensor, coarse: torch.Tensor, stride: int, weight: torch.Tensor) -> torch.Tensor:
-    """As `native.weight_gradient`; partial sums of programs are added in a fixed order."""
+    """Compute the gradient of the weights, see `cpu.Helper`; programs' sums are added in a fixed order."""
     n, channels, *size = coarse.shape
     k = weight.shape[-1]
     blocks = tile_of(channels, k)

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from scripts import kernels
-from scripts.benchmarks import gpu as gpu_bench
-from scripts.benchmarks.gpu import Job, Limits, bench, kernel_table, markdown, row, work
-from scripts.kernels import autotune as measured
-from scripts.kernels import reference
-from scripts.kernels import triton_ops as gpu
+from scripts.benchmarks import gpu_operations
+from scripts.benchmarks.gpu import Job, bench, run_job
+from scripts.benchmarks.gpu_operations import Limits, kernel_table
+from scripts.benchmarks.gpu_report import markdown, row
+from scripts.kernels import CPU, REFERENCE, TRITON, autotune, triton_ops
+from scripts.kernels.triton_ops import Triton
 from scripts.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ JOB = Job("reference", "S", 3, 1, False, False, 32, 1, "cpu", None)
 FOUND = {"seconds": [0.5, 0.1, 0.2], "peak": 2**31, "kernels": {"conv": 0.7, "norm": 0.2, "add": 0.06, "mul": 0.04}}
 
 
-@pytest.mark.skipif(not gpu.INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(not triton_ops.INSTALLED, reason="Triton is not installed")
 def test_every_kernel_compiles_for_two_gpus_and_fits_into_their_registers():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "scripts", "compile_triton", "--kernel_size", "3", "--arch", "[80,90]"]
@@ -40,7 +41,7 @@ def test_every_kernel_compiles_for_two_gpus_and_fits_into_their_registers():
 def test_compiling_ahead_says_what_it_takes(monkeypatch):
     from scripts.benchmarks.compile_triton import report
 
-    monkeypatch.setattr(gpu, "INSTALLED", False)
+    monkeypatch.setattr(triton_ops, "INSTALLED", False)
     with pytest.raises(UserError, match="pip install triton, and unset TRITON_INTERPRET"):
         report()
 
@@ -54,7 +55,7 @@ class TestBenchmark:
             bench(modes="fast")
 
     def test_a_job_prints_its_times_and_largest_kernels(self, capsys):
-        work(JOB)
+        run_job(JOB)
         found = json.loads(capsys.readouterr().out)
         assert len(found["seconds"]) == 1
         assert found["peak"] is None
@@ -74,11 +75,11 @@ class TestBenchmark:
         assert "| nan |" in row([failed], {**JOB._asdict(), **FOUND}, Limits(1e9, 1e12))
 
     def test_operations_are_measured_by_themselves_and_written_as_a_page(self, monkeypatch):
-        monkeypatch.setattr(gpu_bench, "LEVELS", ((16, 8),))
+        monkeypatch.setattr(gpu_operations, "LEVELS", ((16, 8),))
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         found = kernel_table(2, [3], 32, Limits(1e9, 1e12), 1, "cpu")
         assert [r["kernel"] for r in found] == [
-            "depthwise", "depthwise, input gradient", "depthwise, weight gradient", "expansion", "expansion, backward",
+            "depthwise", "depthwise, input gradient", "depthwise, weight gradient", "mlp", "mlp, backward",
         ]  # fmt: skip
         assert all(r["ms"] > 0 and r["bandwidth"] > 0 and r["side"] == 4 for r in found)
         report = {
@@ -105,26 +106,26 @@ class TestBenchmark:
 def test_auto_takes_triton_where_it_was_measured_to_be_faster(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-    monkeypatch.setattr(gpu, "unsuitable", lambda x, kernel_size: None)
+    monkeypatch.setattr(Triton, "unsuitable", lambda self, x, kernel_size: None)
 
     class OnGPU(torch.Tensor):
         is_cuda = True
 
     x = torch.zeros(1, 32, 4, 4, 4).as_subclass(OnGPU)
-    measured.forget()
-    assert kernels.choose("auto", x, kernel_size=3) is reference
-    file = measured.remember(
-        "Some GPU", {measured.key(torch.float32, 32, 3): 0.5, measured.key(torch.float32, 32, 5): 1.2}
+    autotune.forget()
+    assert kernels.choose_kernels("auto", x, kernel_size=3) is REFERENCE
+    file = autotune.remember(
+        "Some GPU", {autotune.key(torch.float32, 32, 3): 0.5, autotune.key(torch.float32, 32, 5): 1.2}
     )
     assert file.parent == tmp_path / "mednext"
-    assert kernels.choose("auto", x, kernel_size=3) is gpu
-    assert kernels.choose("auto", x, kernel_size=5) is reference
-    assert kernels.choose("auto", x, kernel_size=7) is reference
-    assert kernels.choose("triton", x, kernel_size=7) is gpu
-    measured.remember("Some GPU", {measured.key(torch.float32, 32, 7): 0.1})
-    assert kernels.choose("auto", x, kernel_size=3) is gpu  # what was known stays known
-    assert kernels.choose("auto", x, "a layer has hooks", kernel_size=3) is reference
-    measured.forget()
+    assert kernels.choose_kernels("auto", x, kernel_size=3) is TRITON
+    assert kernels.choose_kernels("auto", x, kernel_size=5) is REFERENCE
+    assert kernels.choose_kernels("auto", x, kernel_size=7) is REFERENCE
+    assert kernels.choose_kernels("triton", x, kernel_size=7) is TRITON
+    autotune.remember("Some GPU", {autotune.key(torch.float32, 32, 7): 0.1})
+    assert kernels.choose_kernels("auto", x, kernel_size=3) is TRITON  # what was known stays known
+    assert kernels.choose_kernels("auto", x, "a layer has hooks", kernel_size=3) is REFERENCE
+    autotune.forget()
 
 
 @pytest.mark.parametrize(
@@ -138,16 +139,16 @@ def test_auto_takes_triton_where_it_was_measured_to_be_faster(tmp_path, monkeypa
     ],
 )
 def test_triton_asked_for_by_name_says_why_it_cannot_be(x, kernel_size, reason, monkeypatch):
-    monkeypatch.setattr(gpu, "INSTALLED", True)
+    monkeypatch.setattr(triton_ops, "INSTALLED", True)
     with pytest.raises(RuntimeError, match=rf'kernels="triton" cannot be used: .*{reason}.*Use kernels="auto"'):
-        kernels.choose("triton", x, kernel_size=kernel_size)
+        kernels.choose_kernels("triton", x, kernel_size=kernel_size)
 
 
 def test_without_triton_everything_but_triton_by_name_runs(monkeypatch):
-    monkeypatch.setattr(gpu, "INSTALLED", False)
-    assert kernels.choose("auto", torch.zeros(1, 16, 4, 4, 4)) is kernels.cpu
+    monkeypatch.setattr(triton_ops, "INSTALLED", False)
+    assert kernels.choose_kernels("auto", torch.zeros(1, 16, 4, 4, 4)) is CPU
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        kernels.choose("triton", torch.zeros(1, 16, 4, 4, 4))
+        kernels.choose_kernels("triton", torch.zeros(1, 16, 4, 4, 4))
 
 
 def test_triton_is_imported_only_where_it_is_used():

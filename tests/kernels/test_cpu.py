@@ -9,21 +9,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from scripts import kernels
 from scripts.blocks import MedNeXtBlock
-from scripts.kernels import cpu, native, reference
-from scripts.kernels.reference import Weights
+from scripts.kernels import CPU, REFERENCE, cpu, cpu_mlp, native
+from scripts.kernels.backend import Weights
 from scripts.mednext import create_mednext
 
 CONVOLUTIONS = [(1, False), (2, False), (2, True)]
 SIZES = [(9, 12, 15), (1, 2, 3), (17, 4, 33), (12, 15), (2, 33)]
 
 
-@pytest.fixture(params=["native", "composed"])
+@pytest.fixture(params=["native", "fallback"])
 def helper(request, monkeypatch):
     """Both ways of doing what oneDNN does not."""
-    if request.param == "composed":
-        monkeypatch.setattr(native, "suits", lambda *_: False)
+    if request.param == "fallback":
+        monkeypatch.setattr(native.Native, "suits", lambda *_: False)
     elif not native.available():
-        pytest.skip("no C++ compiler here, so that only `composed` can run")
+        pytest.skip("no C++ compiler here, so that only `fallback` can run")
     return request.param
 
 
@@ -37,7 +37,7 @@ def convolution_inputs(dtype, size, edge, channels=32, cases=2):
     return x + 1, weight / edge ** (len(size) / 2), bias
 
 
-def expansion_inputs(dtype, size, channels=32, made=16, offset=0.0):
+def mlp_inputs(dtype, size, channels=32, made=16, offset=0.0):
     hidden = 2 * channels
     shapes = [(2, channels, *size), (2, made, *size), (channels,), (channels,), (hidden, channels), (hidden,)]
     shapes += [(made, hidden), (made,), (hidden,), (hidden,)]
@@ -45,15 +45,15 @@ def expansion_inputs(dtype, size, channels=32, made=16, offset=0.0):
     return y + offset, residual, gamma, beta, w1 / channels**0.5, b1, w2 / hidden**0.5, b2, *grn
 
 
-def expand(ops, y, residual, *weights, over_sum=False):
-    return ops.expansion(y, Weights(*weights), 1e-5, over_sum, residual)
+def run_mlp(ops, y, residual, *weights, over_sum=False):
+    return ops.mlp(y, Weights(*weights), 1e-5, over_sum, residual)
 
 
-EXPANSIONS = {
-    "plain": (expand, lambda inputs: inputs[:-2]),
-    "no residual": (lambda ops, y, *rest: expand(ops, y, None, *rest), lambda inputs: [inputs[0], *inputs[2:-2]]),
-    "GRN": (expand, lambda inputs: inputs),
-    "GRN over the sum": (lambda *a: expand(*a, over_sum=True), lambda inputs: inputs),
+MLPS = {
+    "plain": (run_mlp, lambda inputs: inputs[:-2]),
+    "no residual": (lambda ops, y, *rest: run_mlp(ops, y, None, *rest), lambda inputs: [inputs[0], *inputs[2:-2]]),
+    "GRN": (run_mlp, lambda inputs: inputs),
+    "GRN over the sum": (lambda *a: run_mlp(*a, over_sum=True), lambda inputs: inputs),
 }
 
 
@@ -65,13 +65,13 @@ def outputs_and_gradients(operation, inputs):
     return [y.detach(), *torch.autograd.grad(y, inputs, incoming)]
 
 
-def assert_as_exact_as_stock(operation, inputs, ours=cpu):
+def assert_as_exact_as_stock(operation, inputs, ours=CPU):
     """Root mean square errors against float64, of outputs and all gradients: at most twice those of stock PyTorch.
 
     The floor, for what stock computes exactly by luck, is one rounding of float32, or a hundredth of one of bfloat16.
     """
-    exact = outputs_and_gradients(lambda *a: operation(reference, *a), [x.double() for x in inputs])
-    stock = outputs_and_gradients(lambda *a: operation(reference, *a), inputs)
+    exact = outputs_and_gradients(lambda *a: operation(REFERENCE, *a), [x.double() for x in inputs])
+    stock = outputs_and_gradients(lambda *a: operation(REFERENCE, *a), inputs)
     made = outputs_and_gradients(lambda *a: operation(ours, *a), inputs)
     for number, (truth, theirs, result) in enumerate(zip(exact, stock, made, strict=True)):
         assert result.dtype == theirs.dtype
@@ -93,25 +93,25 @@ def test_depthwise_convolutions_are_as_exact_as_stock(helper, stride, transposed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 @pytest.mark.parametrize("size", [(9, 12, 15), (48, 40, 33), (17, 33)])
-@pytest.mark.parametrize("kind", EXPANSIONS)
-def test_expansion_is_as_exact_as_stock(helper, kind, size, offset, dtype):
-    run, chosen = EXPANSIONS[kind]
-    assert_as_exact_as_stock(run, chosen(expansion_inputs(dtype, size, offset=offset)))
+@pytest.mark.parametrize("kind", MLPS)
+def test_mlp_is_as_exact_as_stock(helper, kind, size, offset, dtype):
+    run, chosen = MLPS[kind]
+    assert_as_exact_as_stock(run, chosen(mlp_inputs(dtype, size, offset=offset)))
 
 
 @pytest.mark.parametrize(("stride", "transposed"), CONVOLUTIONS)
 @pytest.mark.parametrize("size", [(3, 2, 5), (4, 5)])
 def test_gradients_of_depthwise_convolutions_are_numerical_gradients(helper, size, stride, transposed):
     inputs = [x.requires_grad_() for x in convolution_inputs(torch.float64, size, 3, channels=16)]
-    assert torch.autograd.gradcheck(lambda *a: cpu.depthwise(*a, stride, transposed)[0], inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *a: CPU.depthwise(*a, stride, transposed)[0], inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", EXPANSIONS)
-def test_gradients_of_the_expansion_are_numerical_gradients(helper, kind, monkeypatch):
-    monkeypatch.setattr(cpu, "TILE_BYTES", 2**14)  # several tiles, the last one shorter
-    run, chosen = EXPANSIONS[kind]
-    inputs = [x.requires_grad_() for x in chosen(expansion_inputs(torch.float64, (4, 5, 7), channels=16))]
-    assert torch.autograd.gradcheck(lambda *a: run(cpu, *a), inputs, fast_mode=True, atol=1e-4)
+@pytest.mark.parametrize("kind", MLPS)
+def test_gradients_of_the_mlp_are_numerical_gradients(helper, kind, monkeypatch):
+    monkeypatch.setattr(cpu_mlp, "TILE_BYTES", 2**14)  # several tiles, the last one shorter
+    run, chosen = MLPS[kind]
+    inputs = [x.requires_grad_() for x in chosen(mlp_inputs(torch.float64, (4, 5, 7), channels=16))]
+    assert torch.autograd.gradcheck(lambda *a: run(CPU, *a), inputs, fast_mode=True, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "edge", "dim"), [("S", 3, "3d"), ("B", 5, "3d"), ("S", 3, "2d"), ("v2-B", 3, "3d")])
@@ -143,7 +143,7 @@ def test_results_do_not_depend_on_the_number_of_threads(helper):
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(outputs_and_gradients(lambda *a: cpu.depthwise(*a, 2, False)[0], inputs))
+            results.append(outputs_and_gradients(lambda *a: CPU.depthwise(*a, 2, False)[0], inputs))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -159,12 +159,12 @@ def test_an_unknown_name_is_an_error():
 
 
 def test_what_was_asked_for_by_name_and_is_not_there_is_an_error():
-    assert kernels.choose("auto", torch.zeros(1, 16, 4, 4, 4)) is cpu
-    assert kernels.choose("auto", torch.zeros(1, 16, 4, 4, 4).half()) is reference
+    assert kernels.choose_kernels("auto", torch.zeros(1, 16, 4, 4, 4)) is CPU
+    assert kernels.choose_kernels("auto", torch.zeros(1, 16, 4, 4, 4).half()) is REFERENCE
     with pytest.raises(RuntimeError, match=r"it needs float32, bfloat16 or float64 on a CPU.*auto"):
-        kernels.choose("cpu", torch.zeros(1, 16, 4, 4, 4).half())
+        kernels.choose_kernels("cpu", torch.zeros(1, 16, 4, 4, 4).half())
     with pytest.raises(RuntimeError, match="on meta"):
-        kernels.choose("cpu", torch.zeros(1, 16, 4, 4, 4, device="meta"))
+        kernels.choose_kernels("cpu", torch.zeros(1, 16, 4, 4, 4, device="meta"))
     layered = MedNeXtBlock(16, 16, 2, 3, norm_type="layer")
     layered.kernels = "cpu"
     with pytest.raises(RuntimeError, match="there is none for LayerNorm"):
@@ -174,11 +174,10 @@ def test_what_was_asked_for_by_name_and_is_not_there_is_an_error():
 COMPILES = """
 import sys, torch
 from scripts import kernels
-from scripts.kernels import cpu
-from scripts.kernels import native
+from scripts.kernels import CPU, native
 x, weight = torch.randn(1, 16, 5, 6, 7), torch.randn(16, 1, 3, 3, 3)
-print(native.available(), cpu.depthwise(x, weight, torch.zeros(16), 2, True)[0].shape)
-kernels.choose("cpu", x)
+print(native.available(), CPU.depthwise(x, weight, torch.zeros(16), 2, True)[0].shape)
+kernels.choose_kernels("cpu", x)
 """
 
 

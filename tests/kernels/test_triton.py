@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
-from scripts.kernels import reference
-from scripts.kernels import triton_ops as gpu
-from scripts.kernels.reference import channels_last
+from scripts.kernels import REFERENCE, TRITON
+from scripts.kernels.backend import channels_last
 
 from .test_cpu import (
     CONVOLUTIONS,
-    EXPANSIONS,
+    MLPS,
     assert_as_exact_as_stock,
     convolution_inputs,
-    expansion_inputs,
+    mlp_inputs,
     outputs_and_gradients,
 )
 
@@ -26,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
 
-pytestmark = pytest.mark.skipif(gpu.unsuitable(torch.zeros(1, 1, 1, 1, 1, device=DEVICE)) is not None,
-                                reason=str(gpu.unsuitable(torch.zeros(1, 1, 1, 1, 1, device=DEVICE))))  # fmt: skip
+pytestmark = pytest.mark.skipif(TRITON.unsuitable(torch.zeros(1, 1, 1, 1, 1, device=DEVICE)) is not None,
+                                reason=str(TRITON.unsuitable(torch.zeros(1, 1, 1, 1, 1, device=DEVICE))))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ CASES += [(1, False, 7, (1, 2, 1), HALF), (2, False, 7, (1, 2, 1), HALF), (1, Tr
 @pytest.mark.parametrize(("stride", "transposed", "edge", "size", "dtype"), CASES)
 def test_depthwise_convolutions_are_as_exact_as_stock(stride, transposed, edge, size, dtype):
     inputs = on_device(convolution_inputs(dtype, size, edge, channels=24, cases=2 if edge == 3 else 1))
-    assert_as_exact_as_stock(lambda ops, *a: ops.depthwise(*a, stride, transposed)[0], inputs, gpu)
+    assert_as_exact_as_stock(lambda ops, *a: ops.depthwise(*a, stride, transposed)[0], inputs, TRITON)
 
 
 @pytest.mark.parametrize(("stride", "transposed"), CONVOLUTIONS)
@@ -59,10 +58,10 @@ def test_the_moments_of_a_convolution_are_those_of_what_it_returns(stride, trans
     x, weight, bias = on_device(
         convolution_inputs(torch.float32, (9, 3, 9) if stride == 1 else (2, 3, 5), 3, channels=24)
     )
-    y, (mean, variance) = gpu.depthwise(x + 100, weight, bias, stride, transposed)
+    y, (mean, variance) = TRITON.depthwise(x + 100, weight, bias, stride, transposed)
     expected = torch.var_mean(y.double(), dim=(2, 3, 4), correction=0)
     torch.testing.assert_close((variance.double(), mean.double()), expected, rtol=1e-5, atol=1e-5)
-    exact, _ = reference.depthwise(x.double() + 100, weight.double(), bias.double(), stride, transposed)
+    exact, _ = REFERENCE.depthwise(x.double() + 100, weight.double(), bias.double(), stride, transposed)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-3)
 
 
@@ -71,10 +70,10 @@ KINDS = [("plain", torch.float32), ("no residual", HALF), ("GRN", torch.float32)
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("channels", [24, 72])  # in one kernel; as matrix products
-def test_expansion_is_as_exact_as_stock(kind, channels, dtype):
-    run, chosen = EXPANSIONS[kind]
-    inputs = on_device(chosen(expansion_inputs(dtype, (4, 6, 7), channels=channels, offset=2.0)))
-    assert_as_exact_as_stock(run, inputs, gpu)
+def test_mlp_is_as_exact_as_stock(kind, channels, dtype):
+    run, chosen = MLPS[kind]
+    inputs = on_device(chosen(mlp_inputs(dtype, (4, 6, 7), channels=channels, offset=2.0)))
+    assert_as_exact_as_stock(run, inputs, TRITON)
 
 
 def block(kind, made, compiled=False, kernels="triton"):
@@ -122,16 +121,16 @@ def test_operators_keep_what_they_promise_to_compilers():
     torch.library.opcheck(
         torch.ops.mednext.depthwise_weight_gradient, (x.detach(), x.detach(), weight.detach(), 1), test_utils=promises
     )
-    y, residual, *weights = on_device(expansion_inputs(torch.float32, (2, 1, 2), channels=16))
+    y, residual, *weights = on_device(mlp_inputs(torch.float32, (2, 1, 2), channels=16))
     mean, variance = y.mean((2, 3, 4)), y.var((2, 3, 4))
     inputs = [channels_last(y), *weights, channels_last(residual)]
     y, *rest = [t.requires_grad_() for t in inputs]
-    torch.library.opcheck(torch.ops.mednext.expansion, (y, mean, variance, *rest, 1e-5, False), test_utils=promises)
+    torch.library.opcheck(torch.ops.mednext.mlp, (y, mean, variance, *rest, 1e-5, False), test_utils=promises)
 
 
 def test_two_runs_are_equal_to_the_bit():
     inputs = on_device(convolution_inputs(HALF, (2, 3, 9), 3, channels=24, cases=1))
-    runs = [outputs_and_gradients(lambda *a: gpu.depthwise(*a, 1, False)[0], inputs) for _ in range(2)]
+    runs = [outputs_and_gradients(lambda *a: TRITON.depthwise(*a, 1, False)[0], inputs) for _ in range(2)]
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
