@@ -13,6 +13,7 @@ from ..utils.errors import UserError
 from ..utils.files import write_whole
 
 BUNDLE_ROOT = str(Path(__file__).resolve().parents[2])
+RENAMED = {"scored": "eval_classes", "familiar": "training_ranges"}  # names in files of 0.6.0 -> names since 0.7.0
 
 
 def settings_file(weights: str | Path) -> Path:
@@ -22,6 +23,8 @@ def settings_file(weights: str | Path) -> Path:
 
 def read_model_settings(weights: str | Path, **defaults) -> dict:
     """Read the settings beside a file of weights; `defaults` stand in for what is not written there.
+
+    Settings of 0.6.0 get their names of today.
 
     Raises:
         UserError: the file is not JSON, or not a dictionary.
@@ -35,7 +38,7 @@ def read_model_settings(weights: str | Path, **defaults) -> dict:
         raise UserError(f"{path} is not valid JSON ({e}); restore it or delete it to use the defaults.") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected settings by name: restore or delete it.")
-    return {**defaults, **content}
+    return {**defaults, **{RENAMED.get(name, name): value for name, value in content.items()}}
 
 
 def write_model_settings(weights: str | Path, settings: dict) -> None:

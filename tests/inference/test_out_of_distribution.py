@@ -83,7 +83,7 @@ class TestInference:
     """Through the command line, with the weights of a short training."""
 
     def test_training_leaves_the_ranges_of_its_cases(self, trained, ranges):
-        assert json.loads((trained / "model.json").read_text())["familiar"] == ranges
+        assert json.loads((trained / "model.json").read_text())["training_ranges"] == ranges
 
     def test_a_scan_as_in_training_has_its_measures_in_the_report(self, segmented):
         row = segmented[1]["as_trained.nii.gz"]
