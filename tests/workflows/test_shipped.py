@@ -33,7 +33,7 @@ def test_metadata_describe_them(shipped):
     output = json.loads((ROOT / "configs/metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
     assert output["num_channels"] == trained["out_channels"] == 3
     assert list(output["channel_def"].values()) == trained["labels"]
-    assert trained["familiar"]["extent x (mm)"][1] < 100
+    assert trained["training_ranges"]["extent x (mm)"][1] < 100
 
 
 def test_the_bundle_s_network_has_them_from_any_working_directory(shipped, tmp_path):

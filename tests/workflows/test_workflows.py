@@ -307,7 +307,11 @@ def test_regions_and_voxels_to_ignore_pass_through_training_scoring_and_inferenc
     common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "out")
     bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, "--iterations", 12)
     settings = json.loads((tmp_path / "models/model.json").read_text())
-    assert (settings["out_channels"], settings["regions_class_order"], settings["scored"]) == (3, [2, 1, 4], regions)
+    assert (settings["out_channels"], settings["regions_class_order"], settings["eval_classes"]) == (
+        3,
+        [2, 1, 4],
+        regions,
+    )
 
     bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
     scored = rows(tmp_path / "out/cases.csv")
