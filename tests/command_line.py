@@ -54,7 +54,7 @@ def run_module(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.
             mock.patch.object(sys, "argv", [module, *command[3:]]),
             mock.patch.object(sys, "excepthook", sys.__excepthook__),
             # What glibc's allocator is told cannot be taken back, so the bundle is not to find it (utils.device).
-            mock.patch("platform.libc_ver", lambda: ("", "")),
+            mock.patch("platform.libc_ver", return_value=("", "")),
             matplotlib.rc_context(),
             default_warnings(),
         ):
@@ -122,6 +122,8 @@ def default_warnings() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         # runpy's, where a test has imported the module before
         warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning)
+        # of scripts.preprocessing.resampling, set when it is imported and forgotten by pytest
+        warnings.filterwarnings("ignore", message="align_corners=False is not compatible with scale_extent=True")
         warnings.showwarning = show
         yield
 
@@ -130,7 +132,7 @@ def default_warnings() -> Iterator[None]:
 def captured() -> Iterator[list]:
     """Yield two files that receive stdout and stderr of this process and of those that it starts."""
     streams = ((1, "stdout"), (2, "stderr"))
-    files = [tempfile.TemporaryFile() for _ in streams]
+    files = [tempfile.TemporaryFile() for _ in streams]  # noqa: SIM115
     before = [(os.dup(number), getattr(sys, name)) for number, name in streams]
     try:
         for (number, name), file in zip(streams, files, strict=True):

@@ -53,10 +53,10 @@ def bundle(
         launcher: what starts that process behind `python`, such as `-m torch.distributed.run`.
     """
     args += ("--cache_dir", CACHE.name) if "train.json" in str(args) else ()
-    return command("monai.bundle", "run", *args, cwd=cwd, fails=fails, process=process, launcher=launcher)
+    return python_m("monai.bundle", "run", *args, cwd=cwd, fails=fails, process=process, launcher=launcher)
 
 
-def command(
+def python_m(
     module: str, *args: object, cwd: Path = ROOT, fails: bool = False, process: bool = False, launcher: tuple = ()
 ) -> subprocess.CompletedProcess:
     """Run `python -m module ARGS`; the options are those of `bundle`."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import ROOT, save
+from conftest import python_m, save
 
 from scripts.data.convert import convert_layout
 from scripts.data.datasets import Dataset
@@ -80,11 +78,7 @@ def test_channels_are_split_and_stacked_again_unchanged(slope, tmp_path):
 def test_single_channels_are_linked_not_copied(phantom_dir, tmp_path):
     source = tmp_path / "Task"
     shutil.copytree(phantom_dir, source)
-    command = [sys.executable, "-m", "scripts", "convert_dataset"]
-    done = subprocess.run(
-        [*command, "--source", source, "--target", tmp_path / "Dataset001_Phantom"],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+    done = python_m("scripts", "convert_dataset", "--source", source, "--target", tmp_path / "Dataset001_Phantom")
     assert "5 training and 2 test cases, 1 channel(s)" in done.stdout
     made, given = Dataset(tmp_path / "Dataset001_Phantom").cases, Dataset(source).cases
     for one, other in zip(made, given, strict=True):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, ROOT, TINY, bundle, overlays, save
+from conftest import CACHE, TINY, bundle, overlays, python_m, save
 
 from scripts.evaluation.cross_validation import cross_validate, pool_folds
 from scripts.utils.errors import UserError
@@ -80,10 +78,7 @@ class TestCommand:
     """Two folds of the phantom through the real command line."""
 
     def run(self, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "scripts", "cross_validate", *map(str, arguments), "--cache_dir", CACHE.name]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
-        assert (done.returncode != 0) == fails, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        return done
+        return python_m("scripts", "cross_validate", *arguments, "--cache_dir", CACHE.name, fails=fails)
 
     def test_folds_are_trained_scored_pooled_and_not_twice(self, phantom_dir, tmp_path):
         folder = tmp_path / "data"
@@ -112,11 +107,10 @@ class TestCommand:
         assert decision["labels"] == ["background", "low", "middle", "high"]
 
         ensemble = f"{tmp_path}/models/fold_*/model.pt"
-        inference = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
-        inference += ["--dataset_dir", folder / "imagesTs", "--ckpt_dir", tmp_path / "models", "--ensemble", ensemble]
-        inference += ["--tta", "True", "--output_dir", tmp_path / "masks", "--num_workers", 0]
-        done = subprocess.run(list(map(str, inference)), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        bundle(
+            *overlays("inference"), "--dataset_dir", folder / "imagesTs", "--ckpt_dir", tmp_path / "models",
+            "--ensemble", ensemble, "--tta", "True", "--output_dir", tmp_path / "masks", "--num_workers", 0,
+        )  # fmt: skip
         assert len(list((tmp_path / "masks").glob("*_seg.nii.gz"))) == 2
 
         other = self.run(*common, "--kernel_size", 5, fails=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, bundle, overlays
+from conftest import bundle, overlays, python_m
 from monai.networks.nets.mednext import create_mednext as monai_mednext
 
 from scripts.mednext import create_mednext, create_mednext_v2
@@ -22,14 +20,7 @@ from .test_checkpoints import assert_same, nnunet_v1
 
 def command(*args: object, fails: bool = False) -> str:
     """`python -m scripts convert_weights ARGS`: what it prints, or its error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts", "convert_weights", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode != 0) == fails, done.stderr
+    done = python_m("scripts", "convert_weights", *args, fails=fails)
     return done.stderr if fails else done.stdout
 
 

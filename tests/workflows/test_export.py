@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT
+from conftest import python_m
 
 from scripts.mednext import MedNeXt, create_mednext_v1
 from scripts.weights.checkpoints import save_checkpoint
@@ -70,17 +67,11 @@ def test_onnx_export_runs_on_any_size_with_stock_operators(tmp_path):
     torch.manual_seed(0)
     network = create_mednext_v1(1, 4, "S", deep_supervision=True)
     save_checkpoint(network.state_dict(), tmp_path / "model.pt")
-    command = [sys.executable, "-m", "monai.bundle", "onnx_export", *ONNX, "--converter_kwargs", AXES]
-    command += [
-        "--ckpt_file",
-        tmp_path / "model.pt",
-        "--model_file",
-        tmp_path / "model.pt",
-        "--filepath",
-        tmp_path / "m.onnx",
-    ]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    weights = tmp_path / "model.pt"
+    python_m(
+        "monai.bundle", "onnx_export", *ONNX, "--converter_kwargs", AXES, "--ckpt_file", weights,
+        "--model_file", weights, "--filepath", tmp_path / "m.onnx",
+    )  # fmt: skip
     assert {node.domain for node in onnx.load(tmp_path / "m.onnx").graph.node} == {""}  # ONNX's own operators
 
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
