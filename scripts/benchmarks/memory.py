@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..mednext import KERNEL_SIZES, SIZES, create_mednext
+from ..planning.memory import kept_bytes
 from ..utils.errors import UserError
 
 STYLES = (
@@ -21,25 +22,6 @@ STYLES = (
     ("block", "block", None, None, None),
     "block",
 )
-
-
-def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
-    """Count bytes that the forward pass keeps for the backward pass, each storage once, parameters not counted.
-
-    Both may be on the meta device: then nothing is computed and the answer is the same.
-    """
-    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no later storage has its number
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network(image)  # noqa: F841 (its graph holds what is counted)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def time_step(network: nn.Module, image: torch.Tensor, repeats: int) -> tuple[float, float]:

@@ -71,7 +71,7 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def case_id(path: Path, channels: int) -> str:
-    """Name the case of a file; a suffix is a channel only if there can be such a channel (scan_2024.nii.gz has none)."""
+    """Name the case of a file; a suffix is a channel only where there can be such a one (not in scan_2024.nii.gz)."""
     match = CHANNEL.search(stem(path))
     return stem(path)[: match.start()] if match and int(match[1]) < channels else stem(path)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from ..data.datasets import cases
-from ..data.datasets import folds as folds_of
+from ..data.datasets import Dataset
+from ..data.folds import Fold
 from ..utils.errors import UserError
-from ..weights import model_settings as settings
+from ..utils.settings import accept_old_names
 from ..weights.checkpoints import load_checkpoint
-from ..weights.model_settings import BUNDLE_ROOT
+from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
 from .tables import with_nan, write_tables
 
 TRAIN = "configs/train.json"
@@ -58,17 +58,19 @@ def cross_validate(
         raise UserError(
             f"--{min(refused)} is set by cross-validation itself; leave it out (--folds 2 runs fold 2 alone)."
         )
-    existing = range(len(checked_folds(dataset_dir)))
+    existing = range(len(checked_folds(Dataset(dataset_dir))))
     wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
     if unknown := [fold for fold in wanted if fold not in existing]:
         raise UserError(f"{dataset_dir} has no fold {unknown[0]}; expected 0 to {existing[-1]}.")
-    config = {**ConfigParser.load_config_files(files), **values}
-    fingerprints = f"{output_dir}/fingerprint.json"  # one for all folds: they read the same files
+    config = _config(files, values)
+    fingerprints = {
+        "checks#fingerprint#fingerprint_file": f"{output_dir}/checked.json"
+    }  # all folds read the same files
     for fold in wanted:
         weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
         own = {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in values.items()}
         folders = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores}
-        _run_fold(fold, files, config, {**folders, "fingerprint_file": fingerprints, **own})
+        _run_fold(fold, files, config, {**folders, **fingerprints, **own})
     missing = [fold for fold in existing if not Path(output_dir, f"fold_{fold}", "summary.json").is_file()]
     if missing:
         print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
@@ -79,7 +81,7 @@ def cross_validate(
         shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
 
 
-def _run_fold(fold: int, files: Sequence[str], config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def _run_fold(fold: int, files: Sequence[str], config: ConfigParser, values: Mapping[str, Any]) -> None:
     """Train and score a fold, as far as that is still to be done."""
     weights, scores = values["ckpt_dir"], values["output_dir"]
     trained = _epochs_done(weights)
@@ -93,20 +95,19 @@ def _run_fold(fold: int, files: Sequence[str], config: Mapping[str, Any], values
         _run("evaluating", [*files, _found("configs/evaluate.json")], values)
 
 
-def checked_folds(dataset_dir: str) -> list[dict[str, list[str]]]:
-    """Read the folds of a data set, each of whose cases is held out once.
+def checked_folds(data: Dataset) -> list[Fold]:
+    """Return the folds of a data set, each of whose cases is held out once.
 
     Raises:
         UserError: a case is held out by two folds, or by none.
     """
-    found = folds_of(dataset_dir)
-    held_out = Counter(name for fold in found for name in fold["val"])
-    path = Path(dataset_dir) / "splits_final.json"
+    held_out = Counter(name for fold in data.folds for name in fold["val"])
+    path = data.folder / "splits_final.json"
     if twice := [name for name, count in held_out.items() if count > 1]:
         raise UserError(f"{path} holds out case {twice[0]} in {held_out[twice[0]]} folds; let each be in one.")
-    if never := sorted({case["case"] for case in cases(dataset_dir)} - set(held_out)):
+    if never := sorted({case["case"] for case in data.cases} - set(held_out)):
         raise UserError(f"{path} never holds out case {never[0]} ({len(never)} in all); let each be in one fold.")
-    return found
+    return data.folds
 
 
 def _epochs_done(weights: str) -> int:
@@ -114,11 +115,22 @@ def _epochs_done(weights: str) -> int:
     return load_checkpoint(checkpoint)["epoch"] if checkpoint.is_file() else 0
 
 
-def _check_same(weights: str, config: Mapping[str, Any]) -> None:
+def _config(files: Sequence[str], values: Mapping[str, Any]) -> ConfigParser:
+    """Read what a training is told, with the settings of the command line."""
+    config = ConfigParser()
+    config.read_config(list(files))
+    config.update(dict(values))
+    accept_old_names(config)
+    return config
+
+
+def _check_same(weights: str, config: ConfigParser) -> None:
     """Check that the weights of an earlier run have the settings of the config, as far as it spells them out."""
-    for name, value in settings.read_model_settings(f"{weights}/model.pt").items():
-        wanted = config.get(name, value)
-        derived = isinstance(wanted, Mapping) or (isinstance(wanted, str) and wanted.startswith(("$", "@")))
+    for name, value in read_model_settings(f"{weights}/model.pt").items():
+        wanted = config["model"].get(name, value)
+        if isinstance(wanted, str) and wanted.startswith("@"):
+            wanted = config[wanted[1:]]
+        derived = isinstance(wanted, str) and wanted.startswith("$")
         if name != "fold" and not derived and wanted != value:
             raise UserError(
                 f"{weights} was trained with {name} {value}, this cross-validation has {wanted}; give another"

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.checks import check_label, check_same_grid
-from ..data.images import read as read_nifti
-from ..data.labels import ignore_index, stored
+from ..data.checks import check_same_grid, label_indices
+from ..data.images import read_image
+from ..data.labels import Labels
 from ..inference.components import keep_largest
 from ..utils.files import write_whole
 from .metrics import ClassDice
@@ -86,10 +86,8 @@ def search_postprocessing(
     predictions: str,
     items: Sequence[dict],
     classes: ClassLabels,
-    labels: Sequence[str],
-    label_values: Sequence[int],
+    labels: Labels,
     output: str,
-    ignore: int | None = None,
 ) -> None:
     """Decide the steps from predictions of held-out cases, print what each class gains and write the decision.
 
@@ -97,10 +95,8 @@ def search_postprocessing(
         predictions: folder with `{case}_seg.nii.gz`, of networks that were not trained on the case, as scoring writes.
         items: the cases, with "case" and "label".
         classes: name of each class and the label indices that belong to it.
-        labels: names of the network's labels, which the decision is then good for.
-        label_values: values of the labels in the files.
+        labels: of the data set; the decision is good for these.
         output: JSON file to write.
-        ignore: value in the label files of voxels to ignore, or None.
 
     Raises:
         UserError: a mask is missing or damaged, has other values, or lies on another grid than its label file.
@@ -108,16 +104,14 @@ def search_postprocessing(
 
     def masks(case: dict) -> tuple[np.ndarray, np.ndarray]:
         path = str(Path(predictions) / f"{case['case']}_seg.nii.gz")
-        (image, prediction), (label_image, reference) = read_nifti(path), read_nifti(case["label"])
-        check_same_grid(path, image, case["label"], label_image)
-        prediction = check_label(path, image, prediction, label_values)
-        reference = check_label(case["label"], label_image, reference, stored(label_values, ignore))
-        return np.ascontiguousarray(prediction, np.int16), np.ascontiguousarray(reference, np.int16)
+        prediction, reference = read_image(path), read_image(case["label"])
+        check_same_grid(path, prediction.geometry, reference.path, reference.geometry)
+        indices = label_indices(prediction, labels.values), label_indices(reference, labels.file_values)
+        first, second = (np.ascontiguousarray(index, np.int16) for index in indices)
+        return first, second
 
-    decision = decide_steps(
-        lambda: map(masks, tqdm(items, desc="deciding")), classes, ignore_index(label_values, ignore)
-    )
-    content = {"labels": list(labels), "cases": len(items), **without_nan(decision)}
+    decision = decide_steps(lambda: map(masks, tqdm(items, desc="deciding")), classes, labels.ignore_index)
+    content = {"labels": labels.names, "cases": len(items), **without_nan(decision)}
     write_whole(output, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
     _print_gain(decision["gain"])
     kept = ", ".join(decision["steps"]) or "nothing (no step helps)"

@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from ..data.datasets import image_files
-from ..data.visualization import COLOURS, fullest_slice, overlay
+from ..data.scans import image_files
+from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import write_whole
 from ..weights import model_settings
 
@@ -263,7 +263,7 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
     # a voxel to ignore, whose value is beyond the last, becomes background
     label, prediction = (np.searchsorted(label_values, v.round()) % len(label_values) for v in (label, prediction))
     buffer = io.BytesIO()
-    imsave(buffer, overlay(scan, label, prediction, spacing, height=320), format="png")
+    imsave(buffer, draw_overlay(scan, label, prediction, spacing, height=320), format="png")
     slice_name = f"{PLANES[axis]} slice {index + 1} of {count}"
     return (
         f'<figure class="case"><img src="{_embedded(buffer.getvalue())}" alt="Scan, reference and prediction of'

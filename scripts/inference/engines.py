@@ -5,7 +5,7 @@ from __future__ import annotations
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from ..data.datasets import image_files
+from ..data.scans import image_files
 from ..utils.errors import UserError, first_cause
 
 

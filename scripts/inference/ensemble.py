@@ -115,7 +115,7 @@ def check_alike(file: str, weights: str) -> None:
     Raises:
         UserError: they do not.
     """
-    one, other = settings.read_model_settings(file), settings.read(weights)
+    one, other = settings.read_model_settings(file), settings.read_model_settings(weights)
     for name in GRID:
         if name in one and name in other and one[name] != other[name]:
             raise UserError(

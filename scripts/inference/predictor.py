@@ -16,8 +16,9 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, SaveImaged
 
-from ..data.datasets import scans
+from ..data.scans import find_scans
 from ..utils.errors import UserError, first_cause
+from ..utils.settings import accept_old_names, is_old_name
 from ..weights import checkpoints
 from ..weights.model_settings import BUNDLE_ROOT
 from .engines import ScanDataset
@@ -42,7 +43,7 @@ class Predictor:
             self.inferer = config.get_parsed_content("evaluator#inferer")
             self.device = torch.device(config.get_parsed_content("device"))
             self.amp, self.amp_kwargs = (config.get_parsed_content(name) for name in ("amp", "amp_kwargs"))
-            self.channels = config.get_parsed_content("in_channels")
+            self.channels = config.get_parsed_content("model").in_channels
             self.from_file = config.get_parsed_content("preprocessing")
             to_file = config.get_parsed_content("postprocessing")
         self.from_memory = Compose([t for t in self.from_file.transforms if not isinstance(t, LoadImaged)])
@@ -67,9 +68,10 @@ class Predictor:
         config.read_config(str(path))
         given = {"model_file": weights and str(weights), "device": device and str(device)}
         for name, value in {**settings, **{name: value for name, value in given.items() if value}}.items():
-            if name.split("#")[0] not in config:
+            if name.split("#")[0] not in config and not is_old_name(name):
                 raise UserError(f"{path} has no setting {name}; give one of its names.")
             config[name] = value
+        accept_old_names(config)
         return cls(config)
 
     def __call__(self, image: str | Path | Image, affine: np.ndarray | None = None) -> np.ndarray:
@@ -96,7 +98,7 @@ class Predictor:
     def _preprocessed(self, image: str | Path | Image, affine: np.ndarray | None) -> dict:
         if not isinstance(image, str | Path):
             return self.from_memory({"image": in_memory(image, affine)})
-        cases = scans(str(image), self.channels)
+        cases = find_scans(str(image), self.channels)
         if len(cases) > 1:
             raise UserError(f"{image} holds {len(cases)} scans; give one of its files.")
         case = ScanDataset(cases, self.from_file)[0]

@@ -20,9 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import cast
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,7 +30,8 @@ from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from ..data.datasets import image_files
+from ..data.images import Geometry, open_image
+from ..data.scans import image_files
 from ..utils.device import cpu_cores
 from ..utils.errors import UserError, first_cause
 from ..utils.files import remembered, write_whole
@@ -285,12 +284,12 @@ def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
     """Estimate the RAM that resampling a case takes, by its header."""
     files = image_files(case)
     try:
-        header = cast(nib.Nifti1Image, nib.load(files[0])).header
-    except Exception:  # preparing it will say what is wrong
+        image = open_image(files[0])
+    except UserError:  # preparing it will say what is wrong
         return 1.0
-    shape, edges = header.get_data_shape(), np.array(header.get_zooms()[:3])
-    channels = len(files) if len(shape) < 4 else shape[3]
-    voxels = max(np.prod(shape[:3]), np.prod(shape[:3] * edges / spacing))
+    geometry = Geometry.from_image(image)
+    channels = len(files) if len(image.shape) < 4 else image.shape[3]
+    voxels = max(np.prod(geometry.shape), np.prod(np.multiply(geometry.shape, geometry.spacing) / spacing))
     return float(voxels) * (PEAK_BYTES + CHANNEL_BYTES * channels)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
-import nibabel as nib
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from ..data.images import check_spacing
+from ..data.images import open_image, require_spacing
 from ..utils.errors import UserError
 
 
@@ -36,7 +34,7 @@ class CheckScand(MapTransform):
             name = image.meta.get("filename_or_obj", key) if isinstance(image, MetaTensor) else key
             check_voxels(str(name), image, self.channels)
             if Path(str(name)).is_file():
-                check_spacing(str(name), cast(nib.Nifti1Image, nib.load(name)))
+                require_spacing(str(name), open_image(str(name)))
         return data
 
 

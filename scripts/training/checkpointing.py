@@ -147,4 +147,6 @@ class TrainingRun:
         self.best_epoch = validated.epoch
         if self.writes:
             save_checkpoint(self.network.state_dict(), self.weights)
-            model_settings.write_model_settings(self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)})
+            model_settings.write_model_settings(
+                self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)}
+            )

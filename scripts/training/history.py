@@ -16,7 +16,7 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.visualization import overlay
+from ..data.visualization import draw_overlay
 from ..utils.files import write_whole
 from .log_figure import draw_log
 
@@ -192,4 +192,4 @@ class ValidationReport:
         scan = cast(nib.Nifti1Image, nib.load(file))
         voxels = np.asanyarray(scan.dataobj, dtype=np.float32)
         voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
-        return overlay(voxels, np.where(label == self.ignore, 0, label), pred, scan.header.get_zooms())
+        return draw_overlay(voxels, np.where(label == self.ignore, 0, label), pred, scan.header.get_zooms())

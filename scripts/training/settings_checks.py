@@ -23,7 +23,7 @@ class Given(NamedTuple):
         model: the settings of the network and its grid.
         switches: what is on or off, by name.
         planned_for: what a plan overlay says it was made for, see planning/planner.py; None without a plan.
-        recipe: "name", "channels", "labels", "label_values" and "needs_plan" of a published data set's overlay, or None.
+        recipe: "name", "channels", "labels", "label_values", "needs_plan" of a published data set's overlay, or None.
     """
 
     data: Dataset
@@ -107,8 +107,7 @@ def check_patch_size(given: Given) -> None:
         wanted = "two multiples of 16 voxels and 1" if flat else "three multiples of 16 voxels"
         example = "[512,512,1]" if flat else "[48,64,48]"
         raise UserError(
-            f"patch_size is {patch}; expected {wanted} with at least one over 16, for example --patch_size"
-            f' "{example}".'
+            f'patch_size is {patch}; expected {wanted} with at least one over 16, for example --patch_size "{example}".'
         )
 
 

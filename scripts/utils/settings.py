@@ -33,6 +33,11 @@ OF_THE_WEIGHTS = ("size", "kernel_size", "spacing", "intensity", "crop_to_nonzer
 logger = logging.getLogger("mednext")
 
 
+def is_old_name(name: str) -> bool:
+    """Say whether a setting had this name in the release before, or is read from beside the weights now."""
+    return name in RENAMED or name in OF_THE_WEIGHTS
+
+
 def accept_old_names(config: ConfigParser | None = None) -> None:
     """Move the values of settings that were given by their names of the release before to where they stand now.
 
