@@ -117,9 +117,10 @@ class TestCommand:
     """`run planning`, and what it is for."""
 
     @pytest.fixture(scope="class")
-    def planned(self, phantom_dir, tmp_path_factory):
+    @classmethod
+    def planned(cls, phantom_dir, tmp_path_factory):
         folder = tmp_path_factory.mktemp("plan")
-        self.run(phantom_dir, folder)
+        cls.run(phantom_dir, folder)
         return folder
 
     @staticmethod

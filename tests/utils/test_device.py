@@ -9,7 +9,14 @@ import sys
 import pytest
 import torch
 
-from scripts.utils.device import amp_kwargs, cpu_cores, loader_workers, local_device, start_distributed
+from scripts.utils.device import (
+    amp_kwargs,
+    cpu_cores,
+    loader_workers,
+    local_device,
+    set_cpu_defaults,
+    start_distributed,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,12 @@ def settled(**environment):
     done = subprocess.run([sys.executable, "-c", SETTLED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def test_a_process_for_another_device_keeps_its_threads(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", pytest.fail)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    set_cpu_defaults("cuda:0")
 
 
 def test_all_cores_compute_and_freed_memory_is_kept():

@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 
-from scripts.utils.files import write_whole
+from scripts.utils.files import remembered, write_whole
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path):
@@ -39,3 +39,10 @@ def test_several_may_write_one_file_at_the_same_time(tmp_path):
         list(pool.map(write, "abcd"))
     assert (tmp_path / "a.txt").read_text() in [letter * 3000 for letter in "abcd"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, {}), ("{", {}), ('{"a": 1}', {"a": 1})])
+def test_what_an_earlier_run_left_is_read_where_it_is_whole(text, expected, tmp_path):
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    assert remembered(tmp_path / "a.json") == expected

@@ -143,7 +143,8 @@ class TestInference:
     """Masks lie on the grid of their scan, whatever it is."""
 
     @pytest.fixture(scope="class")
-    def masks(self, trained, tmp_path_factory) -> tuple[Path, Path]:
+    @classmethod
+    def masks(cls, trained, tmp_path_factory) -> tuple[Path, Path]:
         """A folder of scans on all kinds of grids with one truncated file among them, and the folder of their masks."""
         folder = tmp_path_factory.mktemp("scans")
         for number, kind in enumerate(GRIDS):
