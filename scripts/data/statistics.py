@@ -11,7 +11,7 @@ def scan_measures(spacing: Sequence[float], shape: Sequence[int], contrasts: Seq
     Args:
         spacing: mm, of the RAS axes.
         shape: voxels, of the RAS axes.
-        contrasts: of each channel std / mean of its non-zero voxels, 0 without any. It does not depend on the unit of
+        contrasts: std / mean of the non-zero voxels of each channel, 0 without any. It does not depend on the unit of
             an MR scanner, and is negative or large in a CT.
     """
     found = {f"spacing {axis} (mm)": value for axis, value in zip("xyz", spacing, strict=True)}

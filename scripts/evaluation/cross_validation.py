@@ -42,8 +42,8 @@ def cross_validate(
     Args:
         dataset_dir: a Decathlon or nnU-Net v2 folder.
         config_file: the training config and its overlays.
-        ckpt_dir: for the weights.
-        output_dir: for the scores.
+        ckpt_dir: folder for the weights.
+        output_dir: folder for the scores.
         folds: which to run here, for example `--folds 2` or `--folds "[0,1]"`; all by default. Several machines may
             each run some; the last one pools.
         values: any setting of the config with its value; `{fold}` in it becomes the number of the fold, for
@@ -153,7 +153,7 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
         output_dir: with `fold_0`, `fold_1`, .. as scoring left them; for `cases.csv`, `summary.csv`, `summary.json` and
             `predictions/`.
         classes: names of the classes that were scored.
-        tolerance: of the surface Dice in mm.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
 
     Raises:
         UserError: two folds scored one case, which those of another split may have left.

@@ -40,8 +40,8 @@ def score_case(
         prediction: (1, *space) labels.
         reference: (1, *space) labels on the same grid.
         spacing: voxel edge lengths in mm.
-        classes: of each, the labels that belong to it, see `data.labels`.
-        tolerance: of the surface Dice in mm.
+        classes: name of each class and the labels that belong to it, see `data.labels`.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
         ignore: label of the reference whose voxels count nowhere, or None.
     """
     rows = []
@@ -78,7 +78,7 @@ class ClassDice(CumulativeIterationMetric):
     MONAI's DiceMetric knows exclusive labels only, or needs one mask a class in memory at once.
 
     Args:
-        classes: of each, the labels that belong to it.
+        classes: name of each class and the labels that belong to it.
         ignore: label of the reference whose voxels count nowhere, or None.
     """
 
@@ -108,8 +108,8 @@ class CaseScores:
 
     Args:
         folder: where to write.
-        classes: of each, the labels that belong to it.
-        tolerance: of the surface Dice in mm.
+        classes: name of each class and the labels that belong to it.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
         ignore: label of the reference whose voxels count nowhere, or None.
     """
 

@@ -20,7 +20,7 @@ from .tables import without_nan
 
 ALL = "all foreground"
 Cases = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-ClassLabels = Mapping[str, Sequence[int]]  # of each class, the labels that belong to it
+ClassLabels = Mapping[str, Sequence[int]]  # name of each class -> the labels that belong to it
 
 
 def decide_steps(cases: Cases, classes: ClassLabels, ignore: int | None = None) -> dict:
@@ -33,7 +33,7 @@ def decide_steps(cases: Cases, classes: ClassLabels, ignore: int | None = None) 
 
     Args:
         cases: called once a round, yields prediction and reference (X, Y, Z) of every case as label indices.
-        classes: of each, the labels that belong to it.
+        classes: name of each class and the labels that belong to it.
         ignore: label of the reference whose voxels count nowhere, or None.
 
     Returns:
@@ -96,7 +96,7 @@ def search_postprocessing(
     Args:
         predictions: folder with `{case}_seg.nii.gz`, of networks that were not trained on the case, as scoring writes.
         items: the cases, with "case" and "label".
-        classes: of each, the label indices that belong to it.
+        classes: name of each class and the label indices that belong to it.
         labels: names of the network's labels, which the decision is then good for.
         label_values: values of the labels in the files.
         output: JSON file to write.

@@ -64,14 +64,14 @@ def write_report(
     Args:
         output_dir: folder with `cases.csv` and `summary.csv`, and `predictions/` if `save_predictions`.
         items: the cases, with "case", "image" and "label".
-        classes: of each, the labels that belong to it, see `data.labels`.
+        classes: name of each class and the labels that belong to it, see `data.labels`.
         label_values: values of the labels in the files, background first, without the one to ignore.
-        tolerance: of the surface Dice in mm.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
         save_predictions: whether there are masks to show.
         dataset_dir: where the cases are from.
         weights: the file that was scored; the settings beside it are shown, too.
-        device: what it ran on.
-        settings: what it ran with, by name; counts more than what lies beside the weights.
+        device: device it ran on.
+        settings: settings it ran with, by name; they count more than those beside the weights.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         return

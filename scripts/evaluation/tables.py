@@ -22,9 +22,9 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
 
     Args:
         folder: where to write.
-        rows: of `metrics.score_case`, each with its "case".
-        names: of the classes, in their order.
-        tolerance: of the surface Dice in mm.
+        rows: those of `metrics.score_case`, each with its "case".
+        names: names of the classes, in their order.
+        tolerance: distance in mm within which the surface Dice counts surfaces as equal.
     """
     folder = Path(folder)
     rows = sorted(rows, key=lambda row: (row["case"], list(names).index(row["label"])))

@@ -18,7 +18,7 @@ def keep_largest(labels: np.ndarray, steps: Sequence[Sequence[int]]) -> np.ndarr
 
     Args:
         labels: (X, Y, Z) integers; not changed.
-        steps: of each, the labels that count as one object.
+        steps: labels that count as one object in each step.
 
     Returns:
         (X, Y, Z) of the same type.

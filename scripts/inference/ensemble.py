@@ -38,7 +38,7 @@ class Ensemble(nn.Module):
 
     Args:
         members: map images to logits (N, classes, *space).
-        activation: what turns logits into probabilities: "softmax" or, for regions, "sigmoid".
+        activation: function that turns logits into probabilities: "softmax" or, for regions, "sigmoid".
     """
 
     def __init__(self, members: Sequence[nn.Module], activation: str) -> None:
@@ -93,7 +93,7 @@ def join(
         weights: its file, which may be among those of `ensemble`.
         ensemble: see `expand`.
         activation: as in Ensemble.
-        fold: of the held-out cases that are scored, which no member may have been trained on; None or "all" where
+        fold: fold of the cases that are scored, which no member may have been trained on; None or "all" where
             other cases are segmented.
 
     Raises:

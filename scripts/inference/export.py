@@ -18,7 +18,7 @@ class LabelValuesd(MapTransform):
 
     Args:
         keys: labels (1, *space), integers, MetaTensors.
-        values: of each label, or None where they are 0, 1, 2, ..
+        values: value of each label, or None where they are 0, 1, 2, ..
         names: where to put the result, one for each key; the keys themselves by default.
     """
 

@@ -85,8 +85,8 @@ class CompareWithTrainingd(MapTransform):
 
     Args:
         keys: masks (1, X, Y, Z) of label values on the scan's grid, with the metadata that `MeasureScand` wrote.
-        ranges: of each measure the smallest and the largest value in training, or None where nothing is known of it.
-        values: of the labels, background first, or None.
+        ranges: smallest and largest value of each measure in training, or None where nothing is known of it.
+        values: values of the labels, background first, or None.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class InferenceReport:
     What is unlike is also said when all scans are done. Lines of scans that were segmented into the folder before stay.
 
     Args:
-        output_dir: for the report.
+        output_dir: folder for the report.
     """
 
     def __init__(self, output_dir: str) -> None:

@@ -22,7 +22,7 @@ class KeepLargestd(MapTransform):
 
     Args:
         keys: labels (1, *space), integers; a MetaTensor stays one, with its affine.
-        steps: of each, the labels whose largest component alone is kept, see `read_steps`.
+        steps: labels whose largest component alone is kept in each step, see `read_steps`.
     """
 
     def __init__(self, keys: KeysCollection, steps: Sequence[Sequence[int]]) -> None:

@@ -80,7 +80,7 @@ class Predictor:
         Args:
             image: a NIfTI file (of a case with a file a channel, any of them), a nibabel image, or an array (X, Y, Z)
                 or (channels, X, Y, Z).
-            affine: of an array, 4 x 4, voxel -> world (mm, x to the right, y to the front, z up).
+            affine: affine of an array, 4 x 4, voxel -> world (mm, x to the right, y to the front, z up).
 
         Raises:
             UserError: what the command would say of a file; an array without an affine.
@@ -110,7 +110,7 @@ def in_memory(image: Image, affine: np.ndarray | None = None) -> MetaTensor:
 
     Args:
         image: a nibabel image, channels last if any, or an array, channels first if any.
-        affine: of an array, 4 x 4.
+        affine: affine of an array, 4 x 4.
 
     Returns:
         (channels, X, Y, Z) float32, with affine and shape of the native grid.

@@ -43,14 +43,14 @@ class SlidingWindowInferer(Inferer):
     Args:
         roi_size: voxels of a window; one voxel along the last axis gives a 2D network slices.
         overlap: share of a window that the next one covers again.
-        activation: what is averaged over windows and mirrored copies: "softmax" or, for regions, "sigmoid"
+        activation: kind of scores that windows and mirrored copies average: "softmax" or, for regions, "sigmoid"
             probabilities, as nnU-Net v1 does; None averages what the network gives, as MONAI does.
         mirror_axes: spatial axes 0, 1, .. along whose every combination a window is mirrored too (nnU-Net's test-time
             augmentation, 2^n passes); those that training mirrored.
         window_scheme: whose windows and weights, "monai" or "nnunet".
         full_precision_gb: up to this size of the result it is stored in the input's precision, on its device;
             above it in float16 in RAM.
-        cpu_precision: of the network where it computes on a CPU: "float32", "bfloat16", or "auto", bfloat16 where that
+        cpu_precision: precision of a network on a CPU: "float32", "bfloat16", or "auto", bfloat16 where that
             is measured to be faster. (On a GPU autocast decides, which MONAI's engines switch on for these alone.)
         labels_early: keep labels instead of scores for a MetaTensor whose voxels are those of the file, turned or
             cropped: `LabelsOnScanGridd` interpolates nothing there, and finds the same labels.
@@ -94,8 +94,8 @@ class SlidingWindowInferer(Inferer):
         Args:
             inputs: scans.
             network: maps windows (1, C, *roi) to logits (1, classes, *roi).
-            args: what else the network takes.
-            kwargs: the same by name.
+            args: further arguments of the network.
+            kwargs: those by name.
 
         Returns:
             Scores (N, classes, *space), or labels (N, 1, *space) where `labels_early` allows them.

@@ -21,7 +21,7 @@ def learn_training_ranges(
     Args:
         items: cases with "image" and "label".
         channels: image channels.
-        values: of the labels, background first.
+        values: values of the labels, background first.
         fingerprint_file: JSON file that remembers what was read of each case, see `planning.fingerprint`.
         ignore: value of voxels that nobody annotated, or None.
     """

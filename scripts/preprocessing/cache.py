@@ -54,8 +54,9 @@ class CachedDataset(Dataset):
             depends on nothing but the keys of its transforms and of those before, so that one for the image alone
             outlives a new label. A transform without keys reads all of them.
         folder: where the results lie; shared by everything that trains on the same scans.
-        spacing: of the grid that the stages resample to, in mm: how many cases fit into RAM at once depends on it.
-        transform: what follows and is not stored.
+        spacing: voxel edges in mm of the grid that the stages resample to; how many cases fit into RAM at once depends
+            on it.
+        transform: random and other transforms that follow and are not stored.
     """
 
     def __init__(
@@ -273,7 +274,7 @@ def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:
 
     Args:
         cases: to be resampled.
-        spacing: of the grid that they are resampled to, in mm.
+        spacing: voxel edges in mm of the grid that they are resampled to.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
     largest = max((_peak_bytes(case, spacing) for case in cases), default=1)

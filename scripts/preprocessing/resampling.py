@@ -108,8 +108,8 @@ def labels_on_grid(
         target_affine: 4 x 4, target voxel -> world (mm).
         shape: voxels of the target grid.
         classes: number of labels where `scores` is a label map.
-        region_order: of overlapping regions, the label that each is painted with where its probability is over one
-            half, later ones over earlier ones.
+        region_order: label that each of overlapping regions is painted with where its probability is over one half,
+            later ones over earlier ones; None where labels exclude each other.
         slab_voxels: how many target voxels are computed at once.
 
     Returns:
@@ -160,7 +160,7 @@ def decide_labels(scores: torch.Tensor, region_order: Sequence[int] | None) -> t
     """Decide the labels (*space), integers, of scores (classes, *space).
 
     Args:
-        scores: of which the largest wins; or probabilities of overlapping regions.
+        scores: one a label, of which the largest wins; or probabilities of overlapping regions.
         region_order: the label that each region is painted with where its probability is over one half, later ones
             over earlier ones; None where the labels exclude each other.
     """

@@ -44,8 +44,8 @@ def check_voxels(name: str, image: torch.Tensor, channels: int) -> None:
     """Check the axes, channels and values of an image (C, *space).
 
     Args:
-        name: of its file, for the message.
-        image: as it was loaded.
+        name: name of its file, for the message.
+        image: the image as it was loaded.
         channels: number of channels it must have.
 
     Raises:

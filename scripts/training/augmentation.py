@@ -54,8 +54,8 @@ class Intensity:
     """Changes the image alone, in the way that a subclass defines by `change`.
 
     Args:
-        prob: of a sample to be drawn.
-        channel_prob: of each channel of a drawn sample to be changed, by its own draw; None for all channels alike.
+        prob: probability that a sample is drawn.
+        channel_prob: probability that a channel of a drawn sample is changed, by its own draw; None for all alike.
     """
 
     def __init__(self, prob: float, channel_prob: float | None) -> None:
@@ -145,7 +145,7 @@ class Gamma(Intensity):
     """Raises each channel, scaled to 0..1, to a power about one; its mean and standard deviation stay.
 
     Args:
-        prob: of a sample to be drawn.
+        prob: probability that a sample is drawn.
         gamma: the least and the greatest power.
         invert: whether the negative image is raised.
     """

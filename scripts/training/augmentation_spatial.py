@@ -24,10 +24,10 @@ class RotateZoom:
 
     Args:
         size: voxels to cut; rotations are about the middle, in units of voxels.
-        rotate_range: of each axis (in 2D: of the only one) the largest angle in radians, to either side.
-        rotate_prob: of a sample to be rotated.
+        rotate_range: largest angle about each axis (in 2D: the only one) in radians, to either side.
+        rotate_prob: probability that a sample is rotated.
         zoom: least and greatest factor on coordinates, on either side of 1; above it structures become smaller.
-        zoom_prob: of a sample to be zoomed.
+        zoom_prob: probability that a sample is zoomed.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ def sampling_grid(matrix: torch.Tensor, size: Sequence[int], source: Sequence[in
     A matrix maps offsets to the middle of the output to offsets to the middle of the input, in voxels.
 
     Args:
-        matrix: on the device, and in the precision, of the result.
+        matrix: offsets of the output -> offsets of the input; decides device and precision of the result.
         size: voxels of the output.
         source: voxels of the input.
     """

@@ -1,4 +1,4 @@
-"""What a training run keeps on disk: the best weights, and all it takes to go on after an interruption."""
+"""The files of a training run: the best weights, and all it takes to go on after an interruption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("mednext")
 
 
 class TrainingRun:
-    """What a training run keeps: the best weights, and all it takes to go on after an interruption.
+    """Keeps the best or the last weights of a training run, and all it takes to go on after an interruption.
 
     In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
     `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run

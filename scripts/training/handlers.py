@@ -23,7 +23,7 @@ class EpochSeeds:
     """Seeds everything random of an epoch from (seed, epoch, rank), so that a resumed run repeats what would have been.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         dataset: whose transforms draw in this process when there are no loader workers.
     """
 

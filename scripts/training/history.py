@@ -147,7 +147,7 @@ class ValidationReport:
 
     Args:
         log: where the numbers go.
-        names: of the classes that are scored.
+        names: names of the classes that are scored.
         ignore: label of voxels that nobody annotated, or None; the picture does not show them.
     """
 

@@ -27,7 +27,7 @@ def draw_log(rows: Sequence[Row], path: Path) -> None:
     Dice appears as measured (thin) and as nnU-Net's moving average (bold).
 
     Args:
-        rows: of a TrainingLog.
+        rows: what a TrainingLog has, one an epoch.
         path: PNG to write.
     """
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a class may be named $1$

@@ -19,7 +19,7 @@ class SegmentationLoss(nn.Module):
 
     Args:
         batch_dice: Dice over the batch as one volume, not patch by patch.
-        regions: of each output channel, the labels that belong to it; None where labels exclude each other.
+        regions: labels that belong to each output channel; None where labels exclude each other.
         ignore: label of voxels that count nowhere, or None.
         smooth: added to numerator and denominator of the Dice.
     """

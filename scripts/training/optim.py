@@ -41,7 +41,7 @@ def parameter_groups(network: nn.Module, learning_rate: float, layer_decay: floa
 
     Args:
         network: the network, not wrapped for distribution.
-        learning_rate: of the heads, and of everything if `layer_decay` is 1, which gives a single group.
+        learning_rate: rate of the heads, and of everything if `layer_decay` is 1, which gives a single group.
         layer_decay: factor from a depth's rate to that of the depth before it, over 0 up to 1.
 
     Raises:

@@ -18,7 +18,7 @@ CLASSES = {"organ": [1], "tumour": [2]}
 
 
 def box(low: int, high: int, value: int = 1) -> torch.Tensor:
-    """A box over the full y and z extent of 24 x 6 x 6 voxels, from row `low` to before row `high`."""
+    """Draw a box over the full y and z extent of 24 x 6 x 6 voxels, from row `low` to before row `high`."""
     mask = torch.zeros(1, 24, 6, 6)
     mask[:, low:high] = value
     return mask
@@ -56,21 +56,6 @@ def test_label_absent_from_both_is_nan():
 def test_label_absent_from_one_is_zero_and_infinitely_far(masks):
     row = score_case(*masks, (1, 1, 1), CLASSES)[0]
     assert (row["dice"], row["nsd"], row["hd95_mm"]) == (0.0, 0.0, math.inf)
-
-
-def cases() -> list[dict]:
-    """Three cases: organ perfect, organ missed, organ absent; the tumour is never there."""
-    masks = [(box(4, 14), box(4, 14)), (box(0, 0), box(4, 14)), (box(0, 0), box(0, 0))]
-    return [{"case": f"c{i}", **row} for i, m in enumerate(masks) for row in score_case(*m, (1, 1, 1), CLASSES)]
-
-
-def test_summary_counts_what_is_empty_and_averages_the_rest():
-    organ, tumour, mean = summarise(cases(), list(CLASSES))
-    assert (organ["dice"], organ["cases"], organ["empty_in_both"], organ["empty_in_one"]) == (0.5, 3, 1, 1)
-    assert organ["hd95_mm"] == 0.0  # of the one case that has a distance
-    assert math.isnan(tumour["dice"])
-    assert tumour["empty_in_both"] == 3
-    assert (mean["label"], mean["dice"], mean["empty_in_one"]) == ("mean", 0.5, 1)
 
 
 def test_tables_are_written_and_json_is_strict(tmp_path):

@@ -187,7 +187,7 @@ class TestBrowser:
 
     @pytest.fixture
     def tab(self, browser, page):
-        """The page, opened; fails if it asks for anything else or a script fails."""
+        """Open the page, and fail if it asks for anything else or a script fails."""
         tab = browser.new_page()
         asked, failures = [], []
         tab.on("request", lambda request: asked.append(request.url))

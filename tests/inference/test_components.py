@@ -10,7 +10,7 @@ from scripts.inference.components import keep_largest
 
 
 def by_voxels(labels: np.ndarray, steps: list[list[int]]) -> np.ndarray:
-    """The same by scipy.ndimage.label, whose neighbours share a face."""
+    """Do the same by scipy.ndimage.label, whose neighbours share a face."""
     out = labels.copy()
     for members in steps:
         component, count = ndimage.label(np.isin(out, members))

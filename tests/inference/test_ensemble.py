@@ -18,7 +18,7 @@ PANEL = {"labels": ["background", "organ", "tumour"], "label_values": [0, 1, 2],
 
 
 def save(path: Path, seed: int, kernel_size: int = 3, classes: int = 3, size: str = "S", **changes) -> str:
-    """A weights file with its settings; returns its path."""
+    """Write a weights file with its settings and return its path."""
     torch.manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(create_mednext(1, classes, size, kernel_size, True).state_dict(), path)

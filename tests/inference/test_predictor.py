@@ -27,7 +27,7 @@ def predictor(trained) -> Predictor:
 
 @pytest.fixture(scope="module")
 def scans(phantom_dir, tmp_path_factory) -> Path:
-    """A phantom scan, as stored and on all kinds of grids, in several types of numbers."""
+    """Save a phantom scan, as stored and on all kinds of grids, in several types of numbers."""
     folder = tmp_path_factory.mktemp("scans")
     shutil.copy(phantom_dir / "imagesTs/phantom_05.nii.gz", folder)
     for number, kind in enumerate(GRIDS):
@@ -45,7 +45,7 @@ def scans(phantom_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(trained, scans, tmp_path_factory) -> Path:
-    """The masks that the command writes of them."""
+    """Write the masks of them by the command."""
     folder = tmp_path_factory.mktemp("written")
     bundle(
         "--config_file", "configs/inference.json", "--dataset_dir", scans, "--ckpt_dir", trained,

@@ -45,7 +45,7 @@ dataset(scans, prepared).prepare()
 
 
 def stages(spacing: tuple = SPACING) -> list[list]:
-    """An image's stage and its label's."""
+    """Make an image's stage and its label's."""
     load = {"reader": "NibabelReader", "ensure_channel_first": True}
     grid = {"pixdim": spacing, "mode": 3, "padding_mode": "nearest", "scale_extent": True, "align_corners": False}
     return [
@@ -65,14 +65,14 @@ class Countingd(MapTransform):
 
 
 class Threadsd(MapTransform):
-    """How many threads torch computes with."""
+    """Says how many threads torch computes with."""
 
     def __call__(self, data: dict) -> dict:
         return data | {key: torch.get_num_threads() for key in self.keys}
 
 
 def folder_of_cases(folder: Path, count: int = 1, shape: tuple = (20, 18, 12)) -> Path:
-    """Scans of 1.2 x 1 x 2 mm in `folder`."""
+    """Save scans of 1.2 x 1 x 2 mm in `folder`."""
     for index in range(count):
         random = np.random.default_rng(index)
         image = random.normal(size=shape).astype(np.float32)
@@ -104,7 +104,7 @@ def scans(tmp_path) -> Path:
 
 @pytest.fixture
 def prepared(scans, tmp_path) -> Path:
-    """The folder with the case of `scans`: an entry for its image, one for its label."""
+    """Cache the case of `scans`, an entry for its image and one for its label, and return the folder."""
     dataset(scans, tmp_path / "prepared").prepare()
     assert len(made(tmp_path / "prepared")) == 2
     return tmp_path / "prepared"
@@ -112,7 +112,7 @@ def prepared(scans, tmp_path) -> Path:
 
 @pytest.fixture
 def one_thread():
-    """Sums in one order, as they are prepared."""
+    """Sum in one order, as is done while cases are prepared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -112,7 +112,7 @@ def test_a_lambda_of_a_config_has_no_file_and_is_known_by_its_code():
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """A function that edits the module of the user's own, once, and describes its transform anew."""
+    """Return a function that writes the module of the user's own, edited once, and describes its transform."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import GRIDS, grid, save, save_without_spacing, world
+from conftest import GRIDS, grid, save, world
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose, LoadImage, Orientation, ResampleToMatch, Spacing
+from monai.transforms import Compose, Orientation, ResampleToMatch, Spacing
 
 from scripts.data.datasets import case_name
-from scripts.inference.export import LabelValuesd
 from scripts.preprocessing.resampling import GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd, labels_on_grid
-from scripts.preprocessing.scan_check import CheckScand
-from scripts.utils.errors import UserError
 
 RADIUS = 13.0  # mm
 
 
 def fixed_transforms(spacing=(1.0, 1.0, 1.0)) -> Compose:
-    """The bundle's own chain up to, and without, the intensity normalisation."""
+    """Take the bundle's own chain up to, and without, the intensity normalisation."""
     parser = ConfigParser()
     parser.read_config("configs/train.json")
     parser["grid_transforms"] = parser["grid_transforms"][:-1]
@@ -109,7 +106,7 @@ def two_balls(at: np.ndarray) -> np.ndarray:
 
 
 def label_on(shape: tuple[int, ...], affine: np.ndarray) -> tuple[MetaTensor, np.ndarray]:
-    """The two balls drawn on a grid, and the grid's middle in mm."""
+    """Draw the two balls on a grid, and tell the grid's middle in mm."""
     points = world(shape, affine)
     middle = points.reshape(-1, 3).mean(0)
     return MetaTensor(two_balls(points - middle)[None].astype(np.float32), affine=affine), middle
@@ -150,44 +147,11 @@ def test_a_label_on_a_turned_and_flipped_grid_keeps_every_voxel(kind):
     assert torch.equal(found.float(), image)
 
 
-def test_values_of_the_files_are_put_back():
-    labels = MetaTensor(
-        torch.tensor([[[[0, 1, 2]]]], dtype=torch.uint8), affine=torch.diag(torch.tensor([2.0, 2, 2, 1]))
-    )
-    found = LabelValuesd("pred", [0, 2, 300])({"pred": labels})["pred"]
-    assert found.tolist() == [[[[0, 2, 300]]]]
-    assert torch.equal(found.affine, labels.affine)
-    for closed in (None, [0, 1, 2]):
-        assert LabelValuesd("pred", closed)({"pred": labels})["pred"] is labels
-
-
 def test_spacing_ignores_entries_that_share_the_prefix():
     image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
     out = GridSpacingd("image", pixdim=(1.0, 1.0, 1.0))({"image": image, "image_path": "scan.nii.gz"})
     assert out["image_path"] == "scan.nii.gz"
     assert out["image"].shape == (1, 7, 7, 7)
-
-
-@pytest.mark.parametrize(
-    ("voxels", "message"),
-    [
-        (torch.zeros(2, 4, 4, 4), "scan.nii has 2 channels; the network takes 1"),
-        (torch.zeros(1, 4, 4), "2 spatial axes"),
-        (torch.full((1, 4, 4, 4), torch.nan), "64 NaN or infinite voxels"),
-    ],
-    ids=["channels", "2d", "nan"],
-)
-def test_a_scan_the_network_cannot_take_is_named(voxels, message):
-    with pytest.raises(UserError, match=message):
-        CheckScand("image", channels=1)({"image": MetaTensor(voxels, meta={"filename_or_obj": "scan.nii"})})
-
-
-def test_a_spacing_of_zero_is_refused_although_nibabel_reads_it_as_one(tmp_path):
-    file = save_without_spacing(tmp_path / "scan.nii")
-    image = LoadImage(ensure_channel_first=True)(file)
-    assert image.affine[2, 2] == 1
-    with pytest.raises(UserError, match="scan.nii has a voxel spacing of 1 x 1 x 0 mm"):
-        CheckScand("image", channels=1)({"image": image})
 
 
 def test_file_name_keeps_the_case_and_drops_only_a_channel():

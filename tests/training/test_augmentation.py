@@ -39,13 +39,13 @@ def _seed():
 
 
 def share(drawn: torch.Tensor, expected: float) -> None:
-    """The share of True lies within 4 standard deviations of a binomial draw with probability `expected`."""
+    """Check that the share of True lies within 4 standard deviations of a binomial draw with probability `expected`."""
     deviation = math.sqrt(expected * (1 - expected) / drawn.numel())
     assert abs(drawn.double().mean().item() - expected) < 4 * deviation
 
 
 def flat(values: torch.Tensor, low: float, high: float) -> None:
-    """The values are uniform between low and high: all of them within, and a Kolmogorov-Smirnov test agrees."""
+    """Check that the values are uniform between low and high, by a Kolmogorov-Smirnov test too."""
     assert values.min() > low - 1e-4
     assert values.max() < high + 1e-4
     assert stats.kstest(values.double().numpy(), "uniform", args=(low, high - low)).pvalue > 1e-4
@@ -64,7 +64,7 @@ def independent(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def changed(transform, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The transformed image, and which channels (N, C) have changed."""
+    """Transform the image, and tell which channels (N, C) have changed."""
     label = torch.zeros(len(image), 1, *image.shape[2:])
     before = image.clone()
     after, after_label = transform(image, label)

@@ -14,7 +14,7 @@ from scripts.training.handlers import EpochSeeds, GradientClipping, LastEpochToo
 
 
 def batches_of(epochs: range, workers: int) -> list[list[float]]:
-    """What a seeded engine draws in `epochs`: first noise value and case of each batch."""
+    """List what a seeded engine draws in `epochs`: first noise value and case of each batch."""
     dataset = CacheDataset(
         [{"image": torch.full((1, 2), float(i))} for i in range(4)],
         RandGaussianNoised("image", prob=1.0, std=0.1),

@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts.training.handlers import LastEpochToo
 from scripts.training.history import EpochReport, TrainingLog, ValidationReport, WriteTrainingLog, read_log
-from scripts.training.log_figure import draw_log, smooth
 
 
 @pytest.fixture(scope="module")
@@ -119,22 +118,3 @@ def test_a_run_from_the_start_forgets_all_that_was_there(files, tmp_path):
     train(tmp_path, files, epochs=3)
     train(tmp_path, files, epochs=1)
     assert [row["epoch"] for row in read_log(tmp_path / "progress.csv")] == [1]
-
-
-def test_smoothing_is_nnunets_moving_average():
-    assert smooth([0.5, 1.0, 1.0]) == pytest.approx([0.5, 0.55, 0.595])
-    assert smooth([]) == []
-
-
-@pytest.mark.parametrize("name", ["T$^$1", "a/b", "神经"])
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_any_class_name_is_drawn(name, tmp_path):
-    draw_log([{"epoch": 1, "validation/dice": 0.5, f"validation/dice_{name}": 0.5}], tmp_path / "progress.png")
-    assert imread(tmp_path / "progress.png").shape[2] == 4
-
-
-def test_a_score_that_is_nan_is_drawn_as_none(tmp_path):
-    dice = [{"epoch": epoch, "validation/dice": value} for epoch, value in ((1, 0.5), (2, np.nan), (3, 0.7))]
-    draw_log(dice, tmp_path / "nan.png")
-    draw_log([dice[0], {"epoch": 2}, dice[2]], tmp_path / "none.png")
-    assert (tmp_path / "nan.png").read_bytes() == (tmp_path / "none.png").read_bytes()

@@ -16,7 +16,7 @@ def network() -> torch.nn.Module:
 
 
 def rates(epochs: int, warmup: int = 0, lr: float = 1.0) -> list[float]:
-    """The learning rate of every epoch."""
+    """List the learning rate of every epoch."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     schedule, found = polynomial(optimizer, epochs, warmup), []
     for _ in range(epochs):
