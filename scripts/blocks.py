@@ -118,17 +118,17 @@ class _Block(nn.Module):
         if not torch.jit.is_scripting():
             backend = choose_kernels(self.kernels, x, self._why_layers(), kernel_size=self.conv1.kernel_size[0])
             compute = self._by_layers if backend is REFERENCE else partial(self._by_kernels, backend)
-            return _checkpointed(compute, x) if self.checkpoint_style == "block" else compute(x)
+            return _run(compute, x, recompute=self.checkpoint_style == "block")
         return self._by_layers(x)
 
     def _by_layers(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:  # channels last is faster on a CPU; in each block, since 1x1x1 convolutions may undo it
             x = x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
         y = self.norm(self.conv1(x))
-        if not torch.jit.is_scripting() and self.checkpoint_style == "expansion":
-            y = _checkpointed(self._mlp, y)
-        else:
+        if torch.jit.is_scripting():
             y = self._mlp(y)
+        else:
+            y = _run(self._mlp, y, recompute=self.checkpoint_style == "expansion")
         if self.do_res:  # in this order of the sum, which decides its layout in memory
             y = x + y if self.res_conv is None else y + self.res_conv(x)
         if self.upsamples:
@@ -297,11 +297,11 @@ def _depthwise(
     return conv(channels, channels, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups or channels)
 
 
-def _checkpointed(compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Keep x alone for the backward pass, which computes everything again."""
-    if not torch.is_grad_enabled():
-        return compute(x)
-    return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
+def _run(part: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, recompute: bool) -> torch.Tensor:
+    """Compute part(x); with `recompute` only x is kept for the backward pass, which computes it again."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(part, x, use_reentrant=False, preserve_rng_state=False)
+    return part(x)
 
 
 def _why_modules(layers: Iterable[nn.Module]) -> str | None:

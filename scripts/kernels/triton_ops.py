@@ -1,7 +1,9 @@
 """The operations of a MedNeXt block on a GPU, in Triton: `triton_depthwise`, `triton_gradient`, `triton_mlp`.
 
 They are operators of PyTorch (`torch.ops.mednext`), so that torch.compile, DDP and autocast take them as they take any
-other. Nothing of the hidden size is kept for the backward pass, and the norm's statistics come with the convolution.
+other. They are called by name: whoever imports this file again, as MONAI Label does, replaces them, and networks of the
+first import run on. Nothing of the hidden size is kept for the backward pass, and the norm's statistics come with the
+convolution.
 Where TRITON_INTERPRET=1 is set before Triton is imported, its interpreter runs the same kernels on a CPU: for tests.
 """
 
@@ -60,7 +62,7 @@ class Triton:
         if transposed and stride == 1:  # is a convolution with the flipped kernel
             weight, transposed = weight.flip(2, 3, 4), False
         size = [2 * n - 1 if transposed else -(-n // stride) for n in x.shape[2:]]
-        y, mean, variance = _depthwise(x, weight, bias, stride, transposed, size, True)
+        y, mean, variance = torch.ops.mednext.depthwise(x, weight, bias, stride, transposed, size, True)
         return y, (mean, variance)
 
     def mlp(
@@ -75,7 +77,7 @@ class Triton:
         """Compute norm, expansion, GELU, GRN, compression and residual, channels-last."""
         y, residual = plain(y), residual if residual is None else plain(residual)
         mean, variance = moments or _moments(y)
-        out, *_ = _mlp(y, mean, variance, *weights, residual, eps, over_sum)
+        out, *_ = torch.ops.mednext.mlp(y, mean, variance, *weights, residual, eps, over_sum)
         return out
 
     def pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -153,10 +155,10 @@ def _depthwise_backward(ctx, g, *_):
     if ctx.needs_input_grad[0]:
         flipped = weight if ctx.transposed or ctx.stride == 2 else weight.flip(2, 3, 4)
         back = ctx.stride == 2 and not ctx.transposed
-        dx, *_ = _depthwise(g, flipped, None, ctx.stride, back, x.shape[2:], False)
+        dx, *_ = torch.ops.mednext.depthwise(g, flipped, None, ctx.stride, back, x.shape[2:], False)
     if ctx.needs_input_grad[1]:
         fine, coarse = (g, x) if ctx.transposed else (x, g)
-        dweight = _weight_gradient(fine, coarse, weight, ctx.stride)
+        dweight = torch.ops.mednext.depthwise_weight_gradient(fine, coarse, weight, ctx.stride)
     if ctx.needs_input_grad[2]:
         dbias = g.sum((0, 2, 3, 4), dtype=torch.float32).to(ctx.bias_dtype)
     return dx, dweight, dbias, None, None, None, None
@@ -221,7 +223,7 @@ def _keep_mlp(ctx, inputs, output):
 def _mlp_backward(ctx, g, *_):
     y, *kept, gamma, beta, w1, b1, w2, b2, grn_gamma, grn_beta = ctx.saved_tensors
     grn = [] if grn_gamma is None else [grn_gamma, grn_beta]
-    dy, *grads = _mlp_gradients(g, y, *kept, [gamma, beta, w1, b1, w2, b2, *grn], ctx.over_sum)
+    dy, *grads = torch.ops.mednext.mlp_backward(g, y, *kept, [gamma, beta, w1, b1, w2, b2, *grn], ctx.over_sum)
     grads += [None] * (8 - len(grads))
     return dy, None, None, *grads, g if ctx.has_residual else None, None, None
 
