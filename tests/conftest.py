@@ -28,7 +28,7 @@ TINY = ("--patch_size", "[32,32,32]", "--iterations", "2", "--num_workers", "0")
 
 
 def overlays(*names: str) -> tuple[str, str]:
-    """`--config_file` for several files."""
+    """Return `--config_file` for several files."""
     return "--config_file", str([f"configs/{name}.json" for name in names])
 
 
@@ -51,6 +51,9 @@ def bundle(
         fails: whether the exit code must not be 0, instead of being 0.
         process: start a process of its own.
         launcher: what starts that process behind `python`, such as `-m torch.distributed.run`.
+
+    Returns:
+        The exit code, and stdout and stderr as text.
     """
     args += ("--cache_dir", CACHE.name) if "train.json" in str(args) else ()
     return python_m("monai.bundle", "run", *args, cwd=cwd, fails=fails, process=process, launcher=launcher)
@@ -60,21 +63,23 @@ def python_m(
     module: str, *args: object, cwd: Path = ROOT, fails: bool = False, process: bool = False, launcher: tuple = ()
 ) -> subprocess.CompletedProcess:
     """Run `python -m module ARGS`; the options are those of `bundle`."""
-    started = {"launcher": launcher} if launcher else {}
-    done = (run_process if process or launcher else run_module)(module, *args, cwd=cwd, **started)
+    if process or launcher:
+        done = run_process(module, *args, cwd=cwd, launcher=launcher)
+    else:
+        done = run_module(module, *args, cwd=cwd)
     assert (done.returncode != 0) == fails, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 
 @pytest.fixture(scope="session")
 def phantom_dir(tmp_path_factory) -> Path:
-    """A phantom data set of five training and two test cases."""
+    """Make a phantom data set of five training and two test cases."""
     return Path(phantom(str(tmp_path_factory.mktemp("data") / "phantom"), training=5, test=2))
 
 
 @pytest.fixture(scope="session")
 def trained(phantom_dir, tmp_path_factory) -> Path:
-    """`ckpt_dir` of two epochs of two iterations on the phantom, trained by the command line; .log holds its stdout."""
+    """Train two epochs of two iterations on the phantom; return the `ckpt_dir`, in which `log` is what was printed."""
     folder = tmp_path_factory.mktemp("trained")
     done = bundle(
         "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", folder / "models",
@@ -86,7 +91,7 @@ def trained(phantom_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory):
-    """The weights of the bundle as they are committed, since trainings write to the same folder."""
+    """Copy the weights of the bundle as they are committed, since trainings write to the same folder."""
     folder = tmp_path_factory.mktemp("shipped")
     for name in ("model.pt", "model.json", "postprocessing.json", "SHA256SUMS"):
         shown = subprocess.run(["git", "show", f"HEAD:models/{name}"], cwd=ROOT, capture_output=True)
@@ -98,7 +103,7 @@ def shipped(tmp_path_factory):
 
 
 def grid(kind: str) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine of a scan grid: its extent is about 44 mm."""
+    """Return shape and affine of a scan grid whose extent is about 44 mm."""
     spacing = {"thick": (0.9, 0.9, 4.0)}.get(kind, (1.5, 1.2, 2.0))
     shape = tuple(round(44 / s) for s in spacing)
     affine = np.diag([*spacing, 1.0])
@@ -119,20 +124,20 @@ GRIDS = ("straight", "flipped", "permuted", "oblique", "thick")
 
 
 def world(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """(*shape, 3) world coordinates in mm of every voxel."""
+    """Compute the world coordinates in mm of every voxel, (*shape, 3)."""
     voxels = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
     return voxels @ affine[:3, :3].T + affine[:3, 3]
 
 
 def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    """Writes a NIfTI file."""
+    """Write a NIfTI file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
     return path
 
 
 def save_without_spacing(path: Path, shape: tuple[int, int, int] = (4, 4, 4)) -> Path:
-    """Writes an uncompressed NIfTI-1 file whose third voxel edge is 0 mm and that has no other geometry."""
+    """Write an uncompressed NIfTI-1 file whose third voxel edge is 0 mm and that has no other geometry."""
     content = bytearray(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)).to_bytes())
     content[88:92] = bytes(4)  # pixdim[3]
     content[252:256] = bytes(4)  # qform_code, sform_code

@@ -36,7 +36,7 @@ def read(name: str) -> dict:
 
 
 def strings(value):
-    """Every string of a config."""
+    """Yield every string of a config."""
     if isinstance(value, dict):
         for entry in value.values():
             yield from strings(entry)

@@ -17,7 +17,7 @@ from scripts.utils.errors import UserError
 
 
 def scored(folder: Path, fold: int, cases: dict[str, float | None]) -> None:
-    """Leave what scoring leaves of a fold: Dice of one class by case, and a mask each."""
+    """Write what scoring leaves of a fold: Dice of one class by case, and a mask each."""
     rows = [
         {"case": case, "label": "organ", "dice": dice, "nsd": dice, "hd95_mm": "inf" if dice == 0 else 1.0,
          "predicted_voxels": 0 if dice is None else 5, "reference_voxels": 0 if dice is None else 5}

@@ -95,7 +95,7 @@ SETTINGS = {
 
 
 def train(folder: Path, models: Path, *arguments) -> str:
-    """The error text of a training run that must fail."""
+    """Return the error text of a training run that must fail."""
     done = bundle(
         "training", *overlays("train"), "--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", models / "eval",
         *TINY, *arguments, fails=True,
@@ -108,7 +108,7 @@ def train(folder: Path, models: Path, *arguments) -> str:
 
 @pytest.fixture
 def models(tmp_path) -> Path:
-    """A `ckpt_dir` with earlier weights in it, which must be there afterwards."""
+    """Make a `ckpt_dir` with earlier weights in it, which must be there afterwards."""
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "model.pt").write_bytes(b"earlier weights")

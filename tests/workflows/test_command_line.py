@@ -58,14 +58,14 @@ FAULTS = {  # module, arguments, exit code, what the last line says
 
 
 def results(folder: Path) -> dict[str, object]:
-    """What a command wrote, without what has times in it."""
+    """Read what a command wrote, without what has times in it."""
     return {
         str(path.relative_to(folder)): read(path) for pattern, read in READERS.items() for path in folder.glob(pattern)
     }
 
 
 def said(printed: str, folder: Path) -> str:
-    """What a command printed, without the name of its folder and without times."""
+    """Return what a command printed, without the name of its folder and without times."""
     printed = re.sub(r"\d{4}-\d\d-\d\d [\d:,]+", "TIME", printed.replace(str(folder), "FOLDER"))
     return re.sub(r"[\d.]+ (s|samples/s|%)(?=\s)", r"TIME \1", printed)
 

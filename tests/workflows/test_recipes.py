@@ -29,7 +29,7 @@ QUICK = ("--num_workers", 0, "--overlap", 0)
 
 
 def block(kind: str, name: str) -> str:
-    """The fenced text below `<!-- kind: name -->`."""
+    """Return the fenced text below `<!-- kind: name -->`."""
     return re.search(rf"^<!-- {kind}: {name} -->\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
 
 
@@ -37,7 +37,7 @@ def block(kind: str, name: str) -> str:
 
 
 def voxels(values: list[int], outside: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image of 32 x 32 x 32 voxels with `outside` around a box, and its label: a cube for each value."""
+    """Make an image of 32 x 32 x 32 voxels with `outside` around a box, and its label: a cube for each value."""
     label, random = np.zeros((32, 32, 32), np.uint8), np.random.RandomState(seed)
     for index, value in enumerate(values[1:]):
         i, j, k = np.unravel_index(index, (4, 4, 4))
@@ -56,7 +56,7 @@ def btcv(raw: Path) -> None:
 
 
 def amos22(raw: Path) -> None:
-    """Four CT, one of them in another orientation; one MR among them; one CT of the validation part."""
+    """Make four CT, one of them in another orientation; one MR among them; one CT of the validation part."""
     for part, number in (("Tr", 1), ("Tr", 4), ("Tr", 89), ("Tr", 500), ("Tr", 507), ("Va", 8)):
         image, label = voxels(list(range(16)), 0 if number > 500 else -1000, number)
         affine = np.diag([2.0, 2, 2, 1])[[1, 0, 2, 3]] if number == 4 else np.diag([2.0, 2, 2, 1])
@@ -65,7 +65,7 @@ def amos22(raw: Path) -> None:
 
 
 def kits19(raw: Path) -> None:
-    """First axis from head to foot; the last case without a label."""
+    """Make CT whose first axis goes from head to foot; the last case is without a label."""
     affine = np.diag([-2.0, -2, -2, 1])[[2, 1, 0, 3]]
     for number in (0, 1, 2, 209, 210):
         image, label = voxels([0, 1, 2], -1000, number)
@@ -75,7 +75,7 @@ def kits19(raw: Path) -> None:
 
 
 def brats21(raw: Path) -> None:
-    """Zeros around the brain."""
+    """Make four channels a case, with zeros around the brain."""
     for number in (0, 2, 3, 1666):
         case = raw / f"BraTS2021_{number:05d}/BraTS2021_{number:05d}"
         for channel, name in enumerate(("t1", "t1ce", "t2", "flair")):
@@ -85,7 +85,7 @@ def brats21(raw: Path) -> None:
 
 
 def hippocampus(folder: Path) -> None:
-    """A Decathlon folder, which is used as it is; small scans with float labels."""
+    """Make a Decathlon folder, which is used as it is: small scans with float labels."""
     names = [f"hippocampus_{number:03d}.nii.gz" for number in (1, 3, 4, 6)]
     for number, name in enumerate(names):
         image, label = voxels([0, 1, 2], 0, number)
@@ -115,7 +115,7 @@ ORIGINALS = {  # of the first case: image files by channel, and the label
 
 
 def lay_out(name: str, folder: Path) -> SimpleNamespace:
-    """A download of `name` (or of a variant of it) in `folder`, laid out by the commands of the page."""
+    """Make a download of `name` (or of a variant of it) in `folder`, and lay it out by the commands of the page."""
     files, raw, laid_out = name.split()[0], folder / "the download", folder / "Dataset001"
     if name == "hippocampus":
         hippocampus(laid_out)
@@ -187,7 +187,7 @@ def test_published_choices_win_over_a_plan(name, kernel_size, tmp_path):
 
 @pytest.fixture(scope="module", params=[*PUBLISHED, REGIONS, "hippocampus"])
 def run(request, tmp_path_factory) -> SimpleNamespace:
-    """A data set planned where it must be, trained with its recipe, scored, and its held-out case segmented."""
+    """Plan a data set where it must be, train with its recipe, score, and segment its held-out case."""
     made = lay_out(request.param, tmp_path_factory.mktemp("published"))
     made.folder, made.recipe = made.dataset_dir.parent, RECIPES.get(made.name, {})
     made.common = ("--dataset_dir", made.dataset_dir, "--ckpt_dir", made.folder, "--output_dir", made.folder, *QUICK)
@@ -210,7 +210,7 @@ def run(request, tmp_path_factory) -> SimpleNamespace:
 
 
 def described(made: SimpleNamespace) -> dict[str, list[int]]:
-    """Values of every label or region of its dataset.json."""
+    """Return the values of every label or region of its dataset.json."""
     found = json.loads((made.dataset_dir / "dataset.json").read_text())["labels"]
     if all(key.isdigit() for key in found):  # Decathlon's
         found = {name: int(value) for value, name in found.items()}
@@ -218,13 +218,13 @@ def described(made: SimpleNamespace) -> dict[str, list[int]]:
 
 
 def scores(made: SimpleNamespace) -> dict[str, float]:
-    """Dice by class."""
+    """Return the Dice by class."""
     with open(made.folder / "cases.csv") as file:
         return {row["label"]: float(row["dice"]) for row in csv.DictReader(file)}
 
 
 def dice(made: SimpleNamespace, values: list[int]) -> float:
-    """Of the saved mask against the downloaded label, for the voxels with one of `values`."""
+    """Compute the Dice of the saved mask and the downloaded label, for the voxels with one of `values`."""
     mask = nib.load(made.folder / "predictions" / f"{made.case['case']}_seg.nii.gz")
     one, other = (np.isin(np.asarray(image.dataobj), values) for image in (mask, nib.load(made.case["label"])))
     return 2 * (one & other).sum() / (one.sum() + other.sum())

@@ -1,4 +1,4 @@
-"""Training, resuming, scoring and inference as a user runs them: the command line, real files, real processes."""
+"""Training, resuming, scoring and inference as a user runs them: the command line and real files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def evaluated(trained, phantom_dir, tmp_path_factory) -> Path:
-    """`output_dir` of scoring the trained weights."""
+    """Score the trained weights; return the `output_dir`."""
     folder = tmp_path_factory.mktemp("evaluated")
     bundle(
         "evaluating", *overlays("train", "evaluate"), "--dataset_dir", phantom_dir, "--ckpt_dir", trained,
@@ -38,7 +38,7 @@ def evaluated(trained, phantom_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle_copy(trained, tmp_path_factory) -> Path:
-    """The bundle with trained weights in its `models`, somewhere else."""
+    """Copy the bundle somewhere else, with trained weights in its `models`."""
     copy = tmp_path_factory.mktemp("bundles") / "mednext_segmentation"
     for name in ("configs", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -145,7 +145,7 @@ class TestInference:
     @pytest.fixture(scope="class")
     @classmethod
     def masks(cls, trained, tmp_path_factory) -> tuple[Path, Path]:
-        """A folder of scans on all kinds of grids with one truncated file among them, and the folder of their masks."""
+        """Segment a folder of scans on all kinds of grids and a truncated file; return it and the folder of masks."""
         folder = tmp_path_factory.mktemp("scans")
         for number, kind in enumerate(GRIDS):
             shape, affine = grid(kind)
@@ -262,7 +262,7 @@ def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, 
 
 
 def with_values(phantom_dir: Path, folder: Path, values: np.ndarray, ignored: slice, **changes) -> Path:
-    """A copy of the phantom whose labels have other `values`, the last of them in the planes `ignored`."""
+    """Copy the phantom, with other `values` of its labels, the last of them in the planes `ignored`."""
     shutil.copytree(phantom_dir, folder)
     for path in (folder / "labelsTr").iterdir():
         image = nib.load(path)
