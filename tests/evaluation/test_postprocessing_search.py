@@ -11,6 +11,7 @@ import pytest
 from conftest import save
 from monai.bundle import ConfigParser
 
+from scripts.data.labels import Labels
 from scripts.evaluation.postprocessing_search import ALL, decide_steps, gains, search_postprocessing
 from scripts.inference.postprocessing import read_steps
 from scripts.utils.errors import UserError
@@ -132,9 +133,7 @@ def decided(tmp_path, reference: str = "4440045", ignore: int | None = 5) -> str
         "predictions": str(tmp_path / "predictions"),
         "items": [{"case": "a", "label": str(label)}],
         "classes": TWO,
-        "labels": LABELS,
-        "label_values": [0, 2, 4],
-        "ignore": ignore,
+        "labels": Labels(LABELS, [0, 2, 4], ignore_value=ignore),
         "output": str(tmp_path / "models" / "postprocessing.json"),
     }
     parser = ConfigParser({"decide": config})
@@ -179,6 +178,10 @@ def test_a_missing_prediction_is_named(tmp_path):
     label = save(tmp_path / "a.nii.gz", planes("1100"))
     with pytest.raises(UserError, match=r"a_seg.nii.gz not found"):
         search_postprocessing(
-            str(tmp_path), [{"case": "a", "label": str(label)}], TWO, LABELS, [0, 1, 2], str(tmp_path / "p.json")
+            str(tmp_path),
+            [{"case": "a", "label": str(label)}],
+            TWO,
+            Labels(LABELS, [0, 1, 2]),
+            str(tmp_path / "p.json"),
         )
     assert not (tmp_path / "p.json").exists()

@@ -10,8 +10,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, Orientationd
 
-from scripts.data.datasets import cases, channel_names, training_cases
-from scripts.data.labels import read as read_labels
+from scripts.data.datasets import Dataset
 from scripts.inference.out_of_distribution import (
     UNLIKE,
     CompareWithTrainingd,
@@ -20,6 +19,7 @@ from scripts.inference.out_of_distribution import (
     out_of_range,
 )
 from scripts.inference.predictor import Predictor
+from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.training_ranges import learn_training_ranges
 from scripts.utils.errors import UserError
 
@@ -54,15 +54,16 @@ def test_what_training_does_not_know_is_not_judged():
 @pytest.fixture(scope="module")
 def ranges(phantom_dir, tmp_path_factory):
     """Of the cases that fold 0 trains on."""
-    file = str(tmp_path_factory.mktemp("fingerprint") / "fingerprint.json")
-    return learn_training_ranges(training_cases(str(phantom_dir), 0), 1, read_labels(str(phantom_dir)).values, file)
+    data, file = Dataset(phantom_dir), str(tmp_path_factory.mktemp("fingerprint") / "fingerprint.json")
+    records = fingerprint_cases(data.cases, 1, data.labels, file)
+    return learn_training_ranges(records, data.training_cases(0), data.labels.values)
 
 
 @pytest.fixture(scope="module")
 def segmented(trained, phantom_dir, tmp_path_factory):
     """Segment three scans by the command: what it printed, and the report by scan."""
     folder = tmp_path_factory.mktemp("scans")
-    image = nib.load(cases(phantom_dir)[0]["image"])
+    image = nib.load(Dataset(phantom_dir).cases[0]["image"])
     voxels = np.asanyarray(image.dataobj).astype(np.float32)
     for name, values in {
         "as_trained": voxels,
@@ -162,7 +163,7 @@ class TestReport:
 
 
 def test_python_is_warned_as_well(trained, phantom_dir, caplog):
-    image = nib.load(cases(phantom_dir)[0]["image"])
+    image = nib.load(Dataset(phantom_dir).cases[0]["image"])
     predictor = Predictor.load(trained / "model.pt")
     with caplog.at_level("WARNING", "mednext"):
         predictor(image.get_fdata() - 1e4, image.affine)
@@ -174,12 +175,9 @@ def test_python_is_warned_as_well(trained, phantom_dir, caplog):
 @pytest.mark.skipif(not (SHARED / "Task04_Hippocampus").is_dir(), reason="needs the real hippocampus scans")
 def test_real_scans_of_one_data_set_are_alike_and_another_s_are_not(tmp_path):
     def learned(name):
-        folder = str(SHARED / name)
-        labels = read_labels(folder)
-        channels = len(channel_names(folder))
-        return learn_training_ranges(
-            cases(folder), channels, labels.values, str(tmp_path / f"{name}.json"), labels.ignore
-        )
+        data = Dataset(SHARED / name)
+        records = fingerprint_cases(data.cases, len(data.channels), data.labels, str(tmp_path / f"{name}.json"))
+        return learn_training_ranges(records, data.cases, data.labels.values)
 
     hippocampus, brains = learned("Task04_Hippocampus"), learned("Dataset902_FetalBrain")
     image = {name: limits[0] for name, limits in hippocampus.items()}

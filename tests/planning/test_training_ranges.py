@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.data.datasets import training_cases
-from scripts.data.labels import read as read_labels
+from scripts.data.datasets import Dataset
+from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.training_ranges import learn_training_ranges
 
 
 @pytest.fixture(scope="module")
-def ranges(phantom_dir, tmp_path_factory):
-    """Learn the ranges of the cases that fold 0 trains on."""
-    file = str(tmp_path_factory.mktemp("fingerprint") / "fingerprint.json")
-    return learn_training_ranges(training_cases(str(phantom_dir), 0), 1, read_labels(str(phantom_dir)).values, file)
+def data(phantom_dir) -> Dataset:
+    return Dataset(phantom_dir)
 
 
-def test_ranges_hold_every_training_case(ranges):
+@pytest.fixture(scope="module")
+def records(data, tmp_path_factory) -> list[dict]:
+    return fingerprint_cases(data.cases, 1, data.labels, str(tmp_path_factory.mktemp("read") / "checked.json"))
+
+
+def test_ranges_hold_every_training_case_and_no_other(data, records):
+    ranges = learn_training_ranges(records, data.training_cases(0), data.labels.values)
     assert {name.split(" (")[0] for name in ranges} == {
         "spacing x", "spacing y", "spacing z", "extent x", "extent y", "extent z",
         "contrast of channel 0", "volume of label 1", "volume of label 2", "volume of label 3",
     }  # fmt: skip
     assert all(low <= high for low, high in ranges.values())
+    trained = {case["case"] for case in data.training_cases(0)}
+    only = [record for record in records if record["case"] in trained]
+    assert learn_training_ranges(only, data.cases, data.labels.values) == ranges
+    assert learn_training_ranges(records, data.cases, data.labels.values) != ranges
 
 
-def test_a_case_that_cannot_be_read_has_no_part_in_them(phantom_dir, ranges, tmp_path):
-    items = [*training_cases(str(phantom_dir), 0), {"case": "none", "image": "none.nii", "label": "none.nii"}]
-    values = read_labels(str(phantom_dir)).values
-    assert learn_training_ranges(items, 1, values, str(tmp_path / "fingerprint.json")) == ranges
+def test_a_case_that_cannot_be_read_has_no_part_in_them(data, records):
+    bad = [*records, {"case": "none", "file": "none.nii", "error": "not found"}]
+    cases = [*data.cases, {"case": "none", "image": "none.nii", "label": "none.nii"}]
+    expected = learn_training_ranges(records, data.cases, data.labels.values)
+    assert learn_training_ranges(bad, cases, data.labels.values) == expected

@@ -23,7 +23,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.data.utils import set_rnd
 from monai.transforms import ClassesToIndicesd, Compose, LoadImaged, MapTransform, RandFlipd, SaveImaged, SpatialCropd
 
-from scripts.data.datasets import cases
+from scripts.data.datasets import Dataset as Folder
 from scripts.inference.export import LabelWriter
 from scripts.preprocessing.cache import CachedDataset, thread_count
 from scripts.preprocessing.resampling import GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd
@@ -133,7 +133,7 @@ def parts(config: ConfigParser) -> tuple[list, list, list, Compose]:
     """For the image, for its label, for the label in training, and what is random."""
     return tuple(
         config.get_parsed_content(name)
-        for name in ("fixed_transforms", "label_transforms", "train#on_grid", "train#preprocessing")
+        for name in ("transforms#image", "transforms#label", "train#on_grid", "train#preprocessing")
     )
 
 
@@ -142,7 +142,7 @@ class TestTransformsOfTheBundle:
 
     def test_training_samples_are_the_same_bit_for_bit(self, config, phantom_dir, tmp_path, one_thread):
         fixed, label, on_grid, random = parts(config)
-        data = cases(str(phantom_dir))
+        data = Folder(phantom_dir).cases
         ours = CachedDataset(data, [fixed, label + on_grid], str(tmp_path), SPACING, random)
         theirs = Dataset(data, fixed + label + on_grid)
         for draw, index in enumerate([0, 1, 2, 3, 4, 1]):
@@ -158,7 +158,7 @@ class TestTransformsOfTheBundle:
 
     def test_validation_cases_go_back_to_the_scan_as_from_the_files(self, config, phantom_dir, tmp_path, one_thread):
         fixed, label, *_ = parts(config)
-        data = cases(str(phantom_dir))[:2]
+        data = Folder(phantom_dir).cases[:2]
         ours = CachedDataset(data, [fixed], str(tmp_path / "prepared"), SPACING, label)
         written = []
         for name, source in (("ours", ours), ("theirs", Dataset(data, fixed + label))):
@@ -185,7 +185,7 @@ class TestTransformsOfTheBundle:
 
     def test_training_and_validation_share_the_images(self, config, phantom_dir, tmp_path):
         fixed, label, on_grid, _ = parts(config)
-        data = cases(str(phantom_dir))[:2]
+        data = Folder(phantom_dir).cases[:2]
         CachedDataset(data, [fixed, label + on_grid], str(tmp_path), SPACING).prepare()
         before = made(tmp_path)
         CachedDataset(data, [fixed], str(tmp_path), SPACING, label).prepare()

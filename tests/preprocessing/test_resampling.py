@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, ResampleToMatch, Spacing
 
-from scripts.data.datasets import case_name
+from scripts.data.scans import mask_name
 from scripts.preprocessing.resampling import GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd, labels_on_grid
 
 RADIUS = 13.0  # mm
@@ -155,6 +155,6 @@ def test_spacing_ignores_entries_that_share_the_prefix():
 
 
 def test_file_name_keeps_the_case_and_drops_only_a_channel():
-    assert case_name({"filename_or_obj": "a/case_7_0000.nii.gz"})["subject"] == "case_7"
-    assert case_name({"filename_or_obj": "a/scan_2024.nii.gz"})["subject"] == "scan_2024"
-    assert case_name({"filename_or_obj": "scan.v2.nii"})["subject"] == "scan.v2"
+    assert mask_name({"filename_or_obj": "a/case_7_0000.nii.gz"})["subject"] == "case_7"
+    assert mask_name({"filename_or_obj": "a/scan_2024.nii.gz"})["subject"] == "scan_2024"
+    assert mask_name({"filename_or_obj": "scan.v2.nii"})["subject"] == "scan.v2"

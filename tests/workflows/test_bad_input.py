@@ -88,9 +88,9 @@ SETTINGS = {
     "kernel size": (("--kernel_size", 4), "kernel_size is 4; expected one of 3, 5, 7"),
     "patch size": (("--patch_size", "[40,32,32]"), r"patch_size is \[40, 32, 32\]; expected three multiples of 16"),
     "spacing": (("--spacing", "[1,1,0]"), r"spacing is \[1, 1, 0\] mm; expected three positive"),
-    "pretrained weights": (("--upkern_from", "k3.pt"), "k3.pt not found; train first, or name another weights file"),
+    "pretrained weights": (("--init_weights", "k3.pt"), "k3.pt not found; train first, or name another weights file"),
     "resume": (("--resume", "True"), "checkpoint.pt not found; nothing to resume"),
-    "switch": (("--skip_heads", "false"), "skip_heads is 'false'; expected True or False: give --skip_heads False"),
+    "switch": (("--fine_tuning#skip_heads", "false"), "fine_tuning#skip_heads is 'false'; expected True or False"),
 }
 
 
@@ -150,7 +150,7 @@ def test_a_scan_smaller_than_the_patch_is_padded_and_said(phantom_dir, tmp_path)
 
 
 def test_training_does_not_start_from_weights_of_another_network(trained, phantom_dir, models):
-    said = train(phantom_dir, models, "--size", "B", "--kernel_size", 5, "--upkern_from", trained / "model.pt")
+    said = train(phantom_dir, models, "--size", "B", "--kernel_size", 5, "--init_weights", trained / "model.pt")
     assert "model.pt holds MedNeXt S, kernel 3, 1 channel(s), 4 classes, but the network is MedNeXt B, kernel 5" in said
 
 

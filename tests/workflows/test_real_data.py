@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, bundle, overlays
 
-from scripts.data import datasets as data
-from scripts.data import labels
+from scripts.data.datasets import Dataset
 
 DATASETS = {  # name: patch, why it is here
     "Task04_Hippocampus": "[32,48,32]",  # Decathlon layout, scans smaller than the patch, integer and float files
@@ -40,15 +39,16 @@ def test_a_published_data_set_trains_scores_and_infers(name, tmp_path):
     bundle(
         "training", *overlays("train"), *common, "--patch_size", DATASETS[name], "--spacing", "[2,2,2]",
         "--epochs", 1, "--iterations", 1,
-        "--validate#dataset#data", f"$data.validation_cases('{folder}', 0)[:1]",
+        "--validate#dataset#data", "$@data.validation_cases(0)[:1]",
     )  # fmt: skip
     bundle(
         "evaluating", *overlays("train", "evaluate"), *common,
-        "--validate#dataset#data", f"$data.validation_cases('{folder}', 0)[:1]",
+        "--validate#dataset#data", "$@data.validation_cases(0)[:1]",
     )  # fmt: skip
-    case = data.validation_cases(str(folder), 0)[0]
+    data = Dataset(folder)
+    case = data.validation_cases(0)[0]
     with open(tmp_path / "cases.csv") as file:
-        assert [row["label"] for row in csv.DictReader(file)] == labels.read(str(folder)).names[1:]
+        assert [row["label"] for row in csv.DictReader(file)] == data.labels.names[1:]
     scan = case["image"] if isinstance(case["image"], str) else case["image"][0]
     bundle("--config_file", "configs/inference.json", *common[2:], "--dataset_dir", scan)
     scan, mask = nib.load(scan), nib.load(tmp_path / f"{case['case']}_seg.nii.gz")

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, bundle, overlays, save
 from monai.bundle import ConfigParser
 
-from scripts.data import datasets as data
-from scripts.data import labels
+from scripts.data.datasets import Dataset
+from scripts.data.scans import image_files, list_scans
 
 PAGE = (ROOT / "docs/how-to/datasets.md").read_text()
 RECIPES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "configs/recipes").glob("*.json"))}
@@ -132,7 +132,7 @@ def lay_out(name: str, folder: Path) -> SimpleNamespace:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_recipe_and_the_page_have_one_table(name):
-    recipe, described = RECIPES[name]["recipe"], json.loads(block("dataset", name))
+    recipe, described = RECIPES[name]["checks#recipe"], json.loads(block("dataset", name))
     assert recipe["channels"] == list(described["channel_names"].values())
     assert dict(zip(recipe["labels"], recipe["label_values"], strict=True)) == described["labels"]
 
@@ -140,20 +140,24 @@ def test_the_recipe_and_the_page_have_one_table(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_commands_of_the_page_lay_a_download_out(name, tmp_path):
     made = lay_out(name, tmp_path)
-    cases = data.cases(str(made.dataset_dir))
+    cases = Dataset(made.dataset_dir).cases
     assert [case["case"] for case in cases] == CASES[name]
-    files = [*data.image_files(cases[0]), cases[0]["label"]]
+    files = [*image_files(cases[0]), cases[0]["label"]]
     assert [Path(file).resolve() for file in files] == [(made.raw / original).resolve() for original in ORIGINALS[name]]
-    waiting = data.scan_files(made.dataset_dir / "imagesTs")
+    waiting = list_scans(made.dataset_dir / "imagesTs")
     assert [path.name for path in waiting] == (["case_00210_0000.nii.gz"] if name == "kits19" else [])
 
 
 def test_regions_and_exclusive_labels_of_brats_are_scored_and_stored_alike(tmp_path):
-    found = labels.read(str(lay_out(REGIONS, tmp_path).dataset_dir))
-    assert found.values == RECIPES["brats21"]["recipe"]["label_values"]
-    assert labels.scored(found.names, found.values, found.regions) == RECIPES["brats21"]["scored"]
+    found = Dataset(lay_out(REGIONS, tmp_path).dataset_dir).labels
+    assert found.values == RECIPES["brats21"]["checks#recipe"]["label_values"]
+    assert found.eval_classes == RECIPES["brats21"]["model#eval_classes"]
     for value in found.values[1:]:  # a voxel in its regions and no others gets its value back
-        painted = [paint for region, paint in zip(found.regions.values(), found.order, strict=True) if value in region]
+        painted = [
+            paint
+            for region, paint in zip(found.regions.values(), found.regions_class_order, strict=True)
+            if value in region
+        ]
         assert painted[-1] == value
 
 
@@ -164,19 +168,22 @@ def test_regions_and_exclusive_labels_of_brats_are_scored_and_stored_alike(tmp_p
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_choices_win_over_a_plan(name, kernel_size, tmp_path):
     plan = tmp_path / "plan.json"
-    plan.write_text('{"spacing": [2, 2, 5], "patch_size": [16, 16, 32], "batch_size": 7, "rotate_range": [0, 0, 0.5]}')
+    plan.write_text(
+        '{"spacing": [2, 2, 5], "patch_size": [16, 16, 32], "batch_size": 7, "train#rotate_range": [0, 0, 0.5]}'
+    )
     parser = ConfigParser()
     parser.read_config([ROOT / "configs/train.json", plan, ROOT / f"configs/recipes/{name}.json"])
     parser["kernel_size"] = kernel_size
-    found = {key: parser.get_parsed_content(key) for key in RECIPES[name] if key not in ("recipe", "scored")}
+    described = ("checks#recipe", "model#eval_classes")
+    found = {key: parser.get_parsed_content(key) for key in RECIPES[name] if key not in described}
     slow = (name, kernel_size) == ("kits19", 5)
     published = {
-        "rotate_range": [0.5236] * 3,
+        "train#rotate_range": [0.5236] * 3,
         "spacing": [1.0] * 3,
         "patch_size": [128] * 3,
         "batch_size": 2,
         "learning_rate": 1e-4 if slow else 1e-3,
-        "batch_dice": name != "brats21",
+        "train#batch_dice": name != "brats21",
     }
     masked = {"crop_to_nonzero": True, "intensity": "zscore_nonzero"}
     assert found == (published | masked if name == "brats21" else published)
@@ -192,11 +199,11 @@ def run(request, tmp_path_factory) -> SimpleNamespace:
     made.folder, made.recipe = made.dataset_dir.parent, RECIPES.get(made.name, {})
     made.common = ("--dataset_dir", made.dataset_dir, "--ckpt_dir", made.folder, "--output_dir", made.folder, *QUICK)
     configs = ["configs/train.json"]
-    if made.name == REGIONS or made.recipe.get("recipe", {}).get("needs_plan"):
+    if made.name == REGIONS or made.recipe.get("checks#recipe", {}).get("needs_plan"):
         configs.append(str(made.folder / "plan.json"))
         bundle(
             "planning", "--config_file", "configs/plan.json", "--dataset_dir", made.dataset_dir,
-            "--output", configs[-1], "--memory", made.folder / "checked.json",
+            "--output", configs[-1], "--fingerprint_file", made.folder / "checked.json",
         )  # fmt: skip
     if made.recipe:
         configs.append(f"configs/recipes/{made.name}.json")
@@ -204,8 +211,8 @@ def run(request, tmp_path_factory) -> SimpleNamespace:
     bundle("training", "--config_file", str(configs), *made.common, *SMALL, *patch)
     made.settings = json.loads((made.folder / "model.json").read_text())
     bundle("evaluating", *overlays("train", "evaluate"), *made.common)
-    (made.case,) = data.validation_cases(str(made.dataset_dir), 0)
-    bundle(*overlays("inference"), *made.common[2:], "--dataset_dir", data.image_files(made.case)[0])
+    (made.case,) = Dataset(made.dataset_dir).validation_cases(0)
+    bundle(*overlays("inference"), *made.common[2:], "--dataset_dir", image_files(made.case)[0])
     return made
 
 
@@ -245,7 +252,7 @@ def test_training_keeps_the_labels_and_the_intensities_of_the_data_set(run):
 
 def test_published_classes_are_scored_on_the_stored_labels(run):
     foreground = {name: values for name, values in described(run).items() if values != [0]}
-    classes = run.recipe.get("scored", foreground)
+    classes = run.recipe.get("model#eval_classes", foreground)
     assert list(scores(run)) == list(classes)
     assert scores(run) == pytest.approx({name: dice(run, values) for name, values in classes.items()}, abs=1e-6)
 
@@ -258,8 +265,8 @@ def test_masks_have_the_values_and_the_grid_of_the_files(run):
 
 @pytest.mark.parametrize("run", ["kits19"], indirect=True)
 def test_kits19_is_scored_as_its_challenge_does_with_the_option_of_the_page(run):
-    option = re.search(r'--scored "(.*?)"', PAGE)[1]
-    bundle("evaluating", *overlays("train", "evaluate"), *run.common, "--scored", option)
+    option = re.search(r'--model#eval_classes "(.*?)"', PAGE)[1]
+    bundle("evaluating", *overlays("train", "evaluate"), *run.common, "--model#eval_classes", option)
     assert scores(run) == pytest.approx({"kidney and tumor": dice(run, [1, 2]), "tumor": dice(run, [2])}, abs=1e-6)
 
 

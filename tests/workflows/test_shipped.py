@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, bundle
 
-from scripts.data.datasets import validation_cases
+from scripts.data.datasets import Dataset
 from scripts.weights import model_settings as settings
 
 HIPPOCAMPUS = SHARED / "Task04_Hippocampus"
@@ -54,7 +54,8 @@ print(type(net).__name__, all(torch.equal(net.state_dict()[k], v) for k, v in we
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="needs the real hippocampus scans")
 def test_they_segment_held_out_hippocampi_and_warn_of_nothing(shipped, tmp_path):
-    held_out = validation_cases(str(HIPPOCAMPUS), settings.read_model_settings(shipped / "model.pt")["fold"])[:3]
+    fold = settings.read_model_settings(shipped / "model.pt")["fold"]
+    held_out = Dataset(HIPPOCAMPUS).validation_cases(fold)[:3]
     (tmp_path / "scans").mkdir()
     for case in held_out:
         shutil.copy(case["image"], tmp_path / "scans")

@@ -17,7 +17,7 @@ import torch
 from conftest import GRIDS, ROOT, TINY, bundle, grid, overlays, save, world
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts.data.datasets import validation_cases
+from scripts.data.datasets import Dataset
 
 
 def rows(path: Path) -> list[dict]:
@@ -77,7 +77,7 @@ class TestTraining:
         done = bundle(
             "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
             "--output_dir", tmp_path, "--epochs", 1, *TINY,
-            "--kernel_size", 5, "--upkern_from", trained / "model.pt", "--learning_rate", 0,
+            "--kernel_size", 5, "--init_weights", trained / "model.pt", "--learning_rate", 0,
         )  # fmt: skip
         assert "model.pt: 210 tensors copied, 26 resized from kernel 3 to 5\n" in done.stdout
         small, large = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
@@ -116,7 +116,7 @@ class TestEvaluating:
     """Scores of the trained weights on the held-out case."""
 
     def test_every_case_and_label_is_scored_and_summarised(self, evaluated, phantom_dir):
-        held_out = [case["case"] for case in validation_cases(str(phantom_dir), 0)]
+        held_out = [case["case"] for case in Dataset(phantom_dir).validation_cases(0)]
         scored = rows(evaluated / "cases.csv")
         assert [(r["case"], r["label"]) for r in scored] == [
             (case, label) for case in held_out for label in ("low", "middle", "high")
@@ -125,7 +125,7 @@ class TestEvaluating:
         assert [r["label"] for r in rows(evaluated / "summary.csv")] == ["low", "middle", "high", "mean"]
 
     def test_scores_are_those_of_the_saved_masks_against_the_untouched_labels(self, evaluated, phantom_dir):
-        for case in validation_cases(str(phantom_dir), 0):
+        for case in Dataset(phantom_dir).validation_cases(0):
             predicted = np.asarray(nib.load(evaluated / "predictions" / f"{case['case']}_seg.nii.gz").dataobj)
             wanted = np.asarray(nib.load(case["label"]).dataobj)
             scored = {r["label"]: r for r in rows(evaluated / "cases.csv") if r["case"] == case["case"]}
@@ -285,7 +285,7 @@ def test_gaps_in_label_values_are_closed_inside_and_back_in_every_mask(phantom_d
 
     bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
     scored = {(row["case"], row["label"]): float(row["dice"]) for row in rows(tmp_path / "out/cases.csv")}
-    for case in validation_cases(str(folder), 0):
+    for case in Dataset(folder).validation_cases(0):
         mask = np.asarray(nib.load(tmp_path / "out/predictions" / f"{case['case']}_seg.nii.gz").dataobj)
         truth = np.asarray(nib.load(case["label"]).dataobj)
         assert set(np.unique(mask)) <= set(values)
@@ -316,7 +316,7 @@ def test_regions_and_voxels_to_ignore_pass_through_training_scoring_and_inferenc
 
     bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
     scored = rows(tmp_path / "out/cases.csv")
-    cases = validation_cases(str(folder), 0)
+    cases = Dataset(folder).validation_cases(0)
     assert [(row["case"], row["label"]) for row in scored] == [(c["case"], r) for c in cases for r in regions]
     for case in cases:
         mask = np.asarray(nib.load(tmp_path / "out/predictions" / f"{case['case']}_seg.nii.gz").dataobj)
@@ -354,8 +354,8 @@ def test_slices_train_a_2d_network_and_come_back_as_volumes(phantom_dir, tmp_pat
 def test_fine_tuning_keeps_a_frozen_encoder_and_learns_new_heads(trained, phantom_dir, tmp_path):
     bundle(
         "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path,
-        *TINY, "--epochs", 1, "--upkern_from", trained / "model.pt", "--skip_heads", "True", "--freeze", "encoder",
-        "--layer_decay", 0.5, "--warmup_epochs", 1,
+        *TINY, "--epochs", 1, "--init_weights", trained / "model.pt", "--fine_tuning#skip_heads", "True", "--fine_tuning#freeze", "encoder",
+        "--fine_tuning#layer_decay", 0.5, "--fine_tuning#warmup_epochs", 1,
     )  # fmt: skip
     before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
     changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
