@@ -175,13 +175,7 @@ def test_masks_that_do_not_fit_their_labels_are_refused(reference, ignore, messa
 
 
 def test_a_missing_prediction_is_named(tmp_path):
-    label = save(tmp_path / "a.nii.gz", planes("1100"))
+    cases = [{"case": "a", "label": str(save(tmp_path / "a.nii.gz", planes("1100")))}]
     with pytest.raises(UserError, match=r"a_seg.nii.gz not found"):
-        search_postprocessing(
-            str(tmp_path),
-            [{"case": "a", "label": str(label)}],
-            TWO,
-            Labels(LABELS, [0, 1, 2]),
-            str(tmp_path / "p.json"),
-        )
+        search_postprocessing(str(tmp_path), cases, TWO, Labels(LABELS, [0, 1, 2]), str(tmp_path / "p.json"))
     assert not (tmp_path / "p.json").exists()

@@ -152,12 +152,9 @@ def test_regions_and_exclusive_labels_of_brats_are_scored_and_stored_alike(tmp_p
     found = Dataset(lay_out(REGIONS, tmp_path).dataset_dir).labels
     assert found.values == RECIPES["brats21"]["checks#recipe"]["label_values"]
     assert found.eval_classes == RECIPES["brats21"]["model#eval_classes"]
+    written_as = list(zip(found.regions.values(), found.regions_class_order, strict=True))
     for value in found.values[1:]:  # a voxel in its regions and no others gets its value back
-        painted = [
-            paint
-            for region, paint in zip(found.regions.values(), found.regions_class_order, strict=True)
-            if value in region
-        ]
+        painted = [paint for region, paint in written_as if value in region]
         assert painted[-1] == value
 
 
@@ -168,9 +165,8 @@ def test_regions_and_exclusive_labels_of_brats_are_scored_and_stored_alike(tmp_p
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_choices_win_over_a_plan(name, kernel_size, tmp_path):
     plan = tmp_path / "plan.json"
-    plan.write_text(
-        '{"spacing": [2, 2, 5], "patch_size": [16, 16, 32], "batch_size": 7, "train#rotate_range": [0, 0, 0.5]}'
-    )
+    planned = {"spacing": [2, 2, 5], "patch_size": [16, 16, 32], "batch_size": 7, "train#rotate_range": [0, 0, 0.5]}
+    plan.write_text(json.dumps(planned))
     parser = ConfigParser()
     parser.read_config([ROOT / "configs/train.json", plan, ROOT / f"configs/recipes/{name}.json"])
     parser["kernel_size"] = kernel_size

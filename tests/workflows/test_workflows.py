@@ -354,7 +354,8 @@ def test_slices_train_a_2d_network_and_come_back_as_volumes(phantom_dir, tmp_pat
 def test_fine_tuning_keeps_a_frozen_encoder_and_learns_new_heads(trained, phantom_dir, tmp_path):
     bundle(
         "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path,
-        *TINY, "--epochs", 1, "--init_weights", trained / "model.pt", "--fine_tuning#skip_heads", "True", "--fine_tuning#freeze", "encoder",
+        *TINY, "--epochs", 1, "--init_weights", trained / "model.pt",
+        "--fine_tuning#skip_heads", "True", "--fine_tuning#freeze", "encoder",
         "--fine_tuning#layer_decay", 0.5, "--fine_tuning#warmup_epochs", 1,
     )  # fmt: skip
     before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
