@@ -19,7 +19,9 @@ from packaging.utils import canonicalize_name
 
 from scripts.__main__ import COMMANDS, main
 
-TRITON = {f"mednext.kernels.triton_{name}" for name in ("depthwise", "gradient", "mlp")}  # `import triton`, not torch's
+TRITON = {
+    f"mednext.kernels.triton_{name}" for name in ("depthwise", "gradient", "mlp", "product")
+}  # `import triton`, not torch's
 
 TORCH_ALONE = """
 import sys

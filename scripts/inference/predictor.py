@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, SaveImaged
 
 from ..data.scans import find_scans
+from ..utils.device import amp_kwargs
 from ..utils.errors import UserError, first_cause
 from ..utils.settings import accept_old_names, is_old_name
 from ..weights import checkpoints
@@ -42,7 +43,7 @@ class Predictor:
             self.network = config.get_parsed_content("evaluator#network").eval()
             self.inferer = config.get_parsed_content("evaluator#inferer")
             self.device = torch.device(config.get_parsed_content("device"))
-            self.amp, self.amp_kwargs = (config.get_parsed_content(name) for name in ("amp", "amp_kwargs"))
+            self.amp = config.get_parsed_content("amp")
             self.channels = config.get_parsed_content("model").in_channels
             self.from_file = config.get_parsed_content("preprocessing")
             to_file = config.get_parsed_content("postprocessing")
@@ -89,7 +90,7 @@ class Predictor:
         """
         with _unwrapped(), torch.inference_mode():
             case = self._preprocessed(image, affine)
-            with torch.autocast(self.device.type, enabled=self.amp, **self.amp_kwargs):
+            with torch.autocast(self.device.type, enabled=self.amp, **amp_kwargs(self.device)):
                 scores = self.inferer(case["image"][None].to(self.device), self.network)[0]
             mask = self.to_memory({**case, "pred": scores})["pred"]
             warn_if_unlike(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def set_cpu_defaults(device: str | torch.device) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def amp_kwargs(device: str | torch.device) -> dict[str, torch.dtype]:
+def amp_kwargs(device: str | torch.device) -> dict[str, Any]:
     """Choose the arguments of autocast: bfloat16 where the GPU computes it natively, else float16; none for a CPU.
 
     Training in float16 needs a gradient scaler, which MONAI's trainer has.

@@ -28,7 +28,17 @@ RENAMED = {  # names of 0.6 -> where the value stands now; gone with 0.8
     "recipe": "checks#recipe",
 }
 
-OF_THE_WEIGHTS = ("size", "kernel_size", "spacing", "intensity", "crop_to_nonzero")  # read from model.json, not set
+OF_THE_WEIGHTS = (  # read from model.json by inference and scoring
+    "size",
+    "kernel_size",
+    "in_channels",
+    "out_channels",
+    "label_values",
+    "regions_class_order",
+    "spacing",
+    "intensity",
+    "crop_to_nonzero",
+)
 
 logger = logging.getLogger("mednext")
 

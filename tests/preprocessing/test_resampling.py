@@ -20,9 +20,9 @@ def fixed_transforms(spacing=(1.0, 1.0, 1.0)) -> Compose:
     """Take the bundle's own chain up to, and without, the intensity normalisation."""
     parser = ConfigParser()
     parser.read_config("configs/train.json")
-    parser["grid_transforms"] = parser["grid_transforms"][:-1]
-    parser["spacing"], parser["in_channels"] = list(spacing), 1
-    return Compose(parser.get_parsed_content("fixed_transforms"))
+    parser["transforms#resampled"] = parser["transforms#resampled"][:-1]
+    parser["model"] = {"_target_": "scripts.weights.model_settings.ModelSettings", "spacing": list(spacing)}
+    return Compose(parser.get_parsed_content("transforms#image"))
 
 
 def depth(shape, affine) -> np.ndarray:

@@ -11,19 +11,7 @@ import torch
 from scripts.training.checkpointing import TrainingRun
 from scripts.training.optim import polynomial
 from scripts.utils.errors import UserError
-from scripts.weights import model_settings as settings
 from scripts.weights.checkpoints import load_checkpoint
-
-
-def test_settings_beside_weights_override_defaults(tmp_path):
-    assert settings.read_model_settings(tmp_path / "model.pt", size="S") == {"size": "S"}
-    settings.write_model_settings(tmp_path / "model.pt", {"size": "B", "spacing": [1.0, 1.0, 2.0]})
-    assert settings.read_model_settings(tmp_path / "model.pt", size="S", kernel_size=3) == {
-        "size": "B", "spacing": [1.0, 1.0, 2.0], "kernel_size": 3
-    }  # fmt: skip
-    (tmp_path / "model.json").write_text("{")
-    with pytest.raises(UserError, match="model.json is not valid JSON"):
-        settings.read_model_settings(tmp_path / "model.pt")
 
 
 class TestTrainingRun:
