@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, TINY, bundle, overlays, python_m, save
+from conftest import CACHE, COARSE, TINY, bundle, overlays, python_m, save
 
 from scripts.evaluation.cross_validation import cross_validate, pool
 from scripts.utils.errors import UserError
@@ -87,7 +87,7 @@ class TestCommand:
         folds = [{"train": names[2:], "val": names[:2]}, {"train": names[:2], "val": names[2:]}]
         (folder / "splits_final.json").write_text(json.dumps(folds))
         common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "eval")
-        common += (*TINY, "--epochs", 2)
+        common += (*TINY, *COARSE, "--epochs", 2)
 
         first = self.run(*common, "--folds", 0)
         assert "folds 1 are still to be run" in first.stdout
