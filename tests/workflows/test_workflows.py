@@ -48,6 +48,27 @@ def bundle_copy(trained, tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.fixture(scope="module")
+def masks(trained, tmp_path_factory) -> tuple[Path, Path]:
+    """Segment a folder of scans on all kinds of grids and a truncated file; return it and the folder of masks."""
+    folder = tmp_path_factory.mktemp("scans")
+    for number, kind in enumerate(GRIDS):
+        shape, affine = grid(kind)
+        distance = np.linalg.norm(world(shape, affine) - world(shape, affine).mean(axis=(0, 1, 2)), axis=-1)
+        voxels = ((distance < 12) * 1000).astype((np.int16, np.float32, np.uint8)[number % 3])
+        save(folder / f"{kind}.nii.gz", voxels, affine)
+    save(folder / "one_slice.nii.gz", np.ones((40, 40, 1), np.float32), np.diag([1, 1, 5, 1]))
+    whole = (folder / "oblique.nii.gz").read_bytes()
+    (folder / "m_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    output = folder / "masks"
+    done = bundle(
+        "--config_file", "configs/inference.json", "--dataset_dir", folder, "--ckpt_dir", trained,
+        "--output_dir", output, "--num_workers", 0, fails=True,
+    )  # fmt: skip
+    (folder / "stderr").write_text(done.stderr)
+    return folder, output
+
+
 class TestTraining:
     """What two epochs leave behind."""
 
@@ -141,26 +162,6 @@ class TestEvaluating:
 
 class TestInference:
     """Masks lie on the grid of their scan, whatever it is."""
-
-    @pytest.fixture(scope="class")
-    def masks(self, trained, tmp_path_factory) -> tuple[Path, Path]:
-        """Segment a folder of scans on all kinds of grids and a truncated file; return it and the folder of masks."""
-        folder = tmp_path_factory.mktemp("scans")
-        for number, kind in enumerate(GRIDS):
-            shape, affine = grid(kind)
-            distance = np.linalg.norm(world(shape, affine) - world(shape, affine).mean(axis=(0, 1, 2)), axis=-1)
-            voxels = ((distance < 12) * 1000).astype((np.int16, np.float32, np.uint8)[number % 3])
-            save(folder / f"{kind}.nii.gz", voxels, affine)
-        save(folder / "one_slice.nii.gz", np.ones((40, 40, 1), np.float32), np.diag([1, 1, 5, 1]))
-        whole = (folder / "oblique.nii.gz").read_bytes()
-        (folder / "m_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
-        output = folder / "masks"
-        done = bundle(
-            "--config_file", "configs/inference.json", "--dataset_dir", folder, "--ckpt_dir", trained,
-            "--output_dir", output, "--num_workers", 0, fails=True,
-        )  # fmt: skip
-        (folder / "stderr").write_text(done.stderr)
-        return folder, output
 
     @pytest.mark.parametrize("name", [*GRIDS, "one_slice"])
     def test_mask_has_the_shape_affine_and_header_of_its_scan(self, name, masks):
