@@ -25,6 +25,7 @@ SHARED = ROOT.parent / "shared" / "data"
 TRAIN = "configs/train.json"
 CACHE = tempfile.TemporaryDirectory(prefix="mednext-cache-")
 TINY = ("--patch_size", "[32,32,32]", "--iterations", "2", "--num_workers", "0")
+COARSE = ("--spacing", "[1.5,1.5,1.5]")  # a phantom scan is one window of TINY instead of eight
 
 
 def overlays(*names: str) -> tuple[str, str]:

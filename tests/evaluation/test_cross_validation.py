@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, TINY, bundle, overlays, python_m, save
+from conftest import CACHE, COARSE, TINY, bundle, overlays, python_m, save
 
 from scripts.evaluation.cross_validation import cross_validate, pool_folds
 from scripts.utils.errors import UserError
@@ -74,6 +74,45 @@ def test_folds_that_share_or_leave_out_cases_are_refused_before_anything_is_trai
     assert not (tmp_path / "models").exists()
 
 
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """Collect the commands that cross-validation would start; those with an argument "fail" do so."""
+    commands = []
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1 if "fail" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def value(command: list[str], name: str) -> str:
+    """Return what follows `--name` in a command."""
+    return command[command.index(f"--{name}") + 1]
+
+
+def test_every_fold_gets_its_number_and_folders_of_its_own(started, phantom_dir, tmp_path, capsys):
+    models, scores = tmp_path / "models", tmp_path / "eval"
+    cross_validate(str(phantom_dir), ckpt_dir=str(models), output_dir=str(scores), folds=[1, 3], seed="7{fold}")
+    assert [command[4] for command in started] == ["training", "evaluating"] * 2
+    for command, fold in zip(started, (1, 1, 3, 3), strict=True):
+        assert (value(command, "ckpt_dir"), value(command, "output_dir")) == (
+            f"{models}/fold_{fold}", f"{scores}/fold_{fold}"
+        )  # fmt: skip
+        assert value(command, "seed") == f"7{fold}"
+        assert ("--fold" in command) == ("training" in command)  # scoring takes it from the weights
+        assert "--fold" not in command or value(command, "fold") == str(fold)
+        assert "--resume" not in command
+    assert "folds 0, 1, 2, 3, 4 are still to be run" in capsys.readouterr().out
+
+
+def test_the_first_fold_that_fails_ends_the_command(started, phantom_dir, tmp_path):
+    with pytest.raises(UserError, match="training failed, as said above; mend it and start the same command again"):
+        cross_validate(str(phantom_dir), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), recipe="fail")
+    assert len(started) == 1
+
+
 class TestCommand:
     """Two folds of the phantom through the real command line."""
 
@@ -87,7 +126,7 @@ class TestCommand:
         folds = [{"train": names[2:], "val": names[:2]}, {"train": names[:2], "val": names[2:]}]
         (folder / "splits_final.json").write_text(json.dumps(folds))
         common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "eval")
-        common += (*TINY, "--epochs", 2)
+        common += (*TINY, *COARSE, "--epochs", 2)
 
         first = self.run(*common, "--folds", 0)
         assert "folds 1 are still to be run" in first.stdout

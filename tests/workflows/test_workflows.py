@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import GRIDS, ROOT, TINY, bundle, grid, overlays, save, world
+from conftest import COARSE, GRIDS, ROOT, TINY, bundle, grid, overlays, save, world
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data.datasets import Dataset
@@ -48,6 +48,27 @@ def bundle_copy(trained, tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.fixture(scope="module")
+def masks(trained, tmp_path_factory) -> tuple[Path, Path]:
+    """Segment a folder of scans on all kinds of grids and a truncated file; return it and the folder of masks."""
+    folder = tmp_path_factory.mktemp("scans")
+    for number, kind in enumerate(GRIDS):
+        shape, affine = grid(kind)
+        distance = np.linalg.norm(world(shape, affine) - world(shape, affine).mean(axis=(0, 1, 2)), axis=-1)
+        voxels = ((distance < 12) * 1000).astype((np.int16, np.float32, np.uint8)[number % 3])
+        save(folder / f"{kind}.nii.gz", voxels, affine)
+    save(folder / "one_slice.nii.gz", np.ones((40, 40, 1), np.float32), np.diag([1, 1, 5, 1]))
+    whole = (folder / "oblique.nii.gz").read_bytes()
+    (folder / "m_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    output = folder / "masks"
+    done = bundle(
+        "--config_file", "configs/inference.json", "--dataset_dir", folder, "--ckpt_dir", trained,
+        "--output_dir", output, "--num_workers", 0, fails=True,
+    )  # fmt: skip
+    (folder / "stderr").write_text(done.stderr)
+    return folder, output
+
+
 class TestTraining:
     """What two epochs leave behind."""
 
@@ -76,8 +97,8 @@ class TestTraining:
     def test_large_kernels_start_from_small_ones_in_one_command(self, trained, phantom_dir, tmp_path):
         done = bundle(
             "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
-            "--output_dir", tmp_path, "--epochs", 1, *TINY,
-            "--kernel_size", 5, "--init_weights", trained / "model.pt", "--learning_rate", 0,
+            "--output_dir", tmp_path, "--epochs", 1, *TINY, *COARSE,
+            "--kernel_size", 5, "--upkern_from", trained / "model.pt", "--learning_rate", 0,
         )  # fmt: skip
         assert "model.pt: 210 tensors copied, 26 resized from kernel 3 to 5\n" in done.stdout
         small, large = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
@@ -89,7 +110,7 @@ class TestTraining:
     def test_without_deep_supervision_it_trains_and_says_so_to_inference(self, phantom_dir, tmp_path):
         bundle(
             "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
-            "--output_dir", tmp_path, "--epochs", 1, *TINY, "--deep_supervision", "False",
+            "--output_dir", tmp_path, "--epochs", 1, *TINY, *COARSE, "--deep_supervision", "False",
         )  # fmt: skip
         assert json.loads((tmp_path / "model.json").read_text())["deep_supervision"] is False
         assert not any(key.startswith("out_1") for key in torch.load(tmp_path / "model.pt", weights_only=True))
@@ -142,27 +163,6 @@ class TestEvaluating:
 class TestInference:
     """Masks lie on the grid of their scan, whatever it is."""
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def masks(cls, trained, tmp_path_factory) -> tuple[Path, Path]:
-        """Segment a folder of scans on all kinds of grids and a truncated file; return it and the folder of masks."""
-        folder = tmp_path_factory.mktemp("scans")
-        for number, kind in enumerate(GRIDS):
-            shape, affine = grid(kind)
-            distance = np.linalg.norm(world(shape, affine) - world(shape, affine).mean(axis=(0, 1, 2)), axis=-1)
-            voxels = ((distance < 12) * 1000).astype((np.int16, np.float32, np.uint8)[number % 3])
-            save(folder / f"{kind}.nii.gz", voxels, affine)
-        save(folder / "one_slice.nii.gz", np.ones((40, 40, 1), np.float32), np.diag([1, 1, 5, 1]))
-        whole = (folder / "oblique.nii.gz").read_bytes()
-        (folder / "m_truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
-        output = folder / "masks"
-        done = bundle(
-            "--config_file", "configs/inference.json", "--dataset_dir", folder, "--ckpt_dir", trained,
-            "--output_dir", output, "--num_workers", 0, fails=True,
-        )  # fmt: skip
-        (folder / "stderr").write_text(done.stderr)
-        return folder, output
-
     @pytest.mark.parametrize("name", [*GRIDS, "one_slice"])
     def test_mask_has_the_shape_affine_and_header_of_its_scan(self, name, masks):
         scan, mask = nib.load(masks[0] / f"{name}.nii.gz"), nib.load(masks[1] / f"{name}_seg.nii.gz")
@@ -196,7 +196,7 @@ class TestMonaiTools:
     """What MONAI and the model zoo do with a bundle, from another directory."""
 
     def run(self, code: str, bundle_copy: Path, cwd: Path) -> str:
-        environment = {"PYTHONPATH": str(bundle_copy), "PATH": ""}
+        environment = {"PYTHONPATH": str(bundle_copy), "PATH": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -244,7 +244,7 @@ def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, 
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = bundle(
         "training", *overlays("train", "multi_gpu_train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
-        "--output_dir", tmp_path, "--fold", "all", "--epochs", 1, *TINY,
+        "--output_dir", tmp_path, "--fold", "all", "--epochs", 1, *TINY, *COARSE,
         "--finalize", [show_weights, "$dist.destroy_process_group()"], launcher=launcher,
     )  # fmt: skip
     sums = dict(re.findall(r"weights (\d) (\S+)", done.stdout))
@@ -280,7 +280,7 @@ def test_gaps_in_label_values_are_closed_inside_and_back_in_every_mask(phantom_d
     values = np.array(list(map(int, names)))
     folder = with_values(phantom_dir, tmp_path / "data", values, slice(0), labels=names)
     common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "out")
-    bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, "--iterations", 4)
+    bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, *COARSE, "--iterations", 4)
     assert json.loads((tmp_path / "models/model.json").read_text())["label_values"] == values.tolist()
 
     bundle("evaluating", *overlays("train", "evaluate"), *common, "--num_workers", 0)
@@ -306,7 +306,7 @@ def test_regions_and_voxels_to_ignore_pass_through_training_scoring_and_inferenc
         labels={"background": 0, **regions, "ignore": 9}, regions_class_order=[2, 1, 4],
     )  # fmt: skip
     common = ("--dataset_dir", folder, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "out")
-    bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, "--iterations", 12)
+    bundle("training", *overlays("train"), *common, "--epochs", 1, *TINY, *COARSE, "--iterations", 12)
     settings = json.loads((tmp_path / "models/model.json").read_text())
     assert (settings["out_channels"], settings["regions_class_order"], settings["eval_classes"]) == (
         3,
@@ -338,7 +338,7 @@ def test_regions_and_voxels_to_ignore_pass_through_training_scoring_and_inferenc
 def test_slices_train_a_2d_network_and_come_back_as_volumes(phantom_dir, tmp_path):
     common = ("--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path)
     flat = ("--patch_size", "[32,32,1]", "--batch_size", 3, "--iterations", 2, "--num_workers", 0, "--epochs", 1)
-    bundle("training", *overlays("train", "recipes/2d"), *common, *flat)
+    bundle("training", *overlays("train", "recipes/2d"), *common, *flat, *COARSE)
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     assert weights["stem.weight"].ndim == 4
     assert json.loads((tmp_path / "model.json").read_text())["dim"] == "2d"
@@ -354,9 +354,8 @@ def test_slices_train_a_2d_network_and_come_back_as_volumes(phantom_dir, tmp_pat
 def test_fine_tuning_keeps_a_frozen_encoder_and_learns_new_heads(trained, phantom_dir, tmp_path):
     bundle(
         "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path,
-        *TINY, "--epochs", 1, "--init_weights", trained / "model.pt",
-        "--fine_tuning#skip_heads", "True", "--fine_tuning#freeze", "encoder",
-        "--fine_tuning#layer_decay", 0.5, "--fine_tuning#warmup_epochs", 1,
+        *TINY, *COARSE, "--epochs", 1, "--upkern_from", trained / "model.pt", "--skip_heads", "True",
+        "--freeze", "encoder", "--layer_decay", 0.5, "--warmup_epochs", 1,
     )  # fmt: skip
     before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
     changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
