@@ -18,6 +18,7 @@ from conftest import COARSE, GRIDS, ROOT, TINY, bundle, grid, overlays, save, wo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data.datasets import Dataset
+from scripts.planning import fingerprint_file
 
 
 def rows(path: Path) -> list[dict]:
@@ -98,7 +99,7 @@ class TestTraining:
         done = bundle(
             "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
             "--output_dir", tmp_path, "--epochs", 1, *TINY, *COARSE,
-            "--kernel_size", 5, "--upkern_from", trained / "model.pt", "--learning_rate", 0,
+            "--kernel_size", 5, "--init_weights", trained / "model.pt", "--learning_rate", 0,
         )  # fmt: skip
         assert "model.pt: 210 tensors copied, 26 resized from kernel 3 to 5\n" in done.stdout
         small, large = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
@@ -351,10 +352,30 @@ def test_slices_train_a_2d_network_and_come_back_as_volumes(phantom_dir, tmp_pat
     np.testing.assert_allclose(mask.affine, image.affine, atol=1e-5)
 
 
+def test_a_training_parses_dataset_json_once_and_measures_each_case_once(phantom_dir, tmp_path, monkeypatch):
+    opened, measured, read_text = [], [], Path.read_text
+    measure = fingerprint_file.fingerprint_case
+
+    def counted(path: Path, *args, **kwargs) -> str:
+        opened.append(path.name)
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    monkeypatch.setattr(
+        fingerprint_file, "fingerprint_case", lambda case, *args: measured.append(case["case"]) or measure(case, *args)
+    )
+    common = ("--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path, *TINY, *COARSE)
+    bundle("training", *overlays("train"), *common, "--epochs", 1, "--iterations", 1)
+    assert opened.count("dataset.json") == 1
+    assert sorted(measured) == [f"phantom_0{number}" for number in range(5)]
+    bundle("evaluating", *overlays("train", "evaluate"), *common)
+    assert len(measured) == 5  # what scoring needs to know was remembered
+
+
 def test_fine_tuning_keeps_a_frozen_encoder_and_learns_new_heads(trained, phantom_dir, tmp_path):
     bundle(
         "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path, "--output_dir", tmp_path,
-        *TINY, *COARSE, "--epochs", 1, "--upkern_from", trained / "model.pt", "--skip_heads", "True",
+        *TINY, *COARSE, "--epochs", 1, "--init_weights", trained / "model.pt", "--skip_heads", "True",
         "--freeze", "encoder", "--layer_decay", 0.5, "--warmup_epochs", 1,
     )  # fmt: skip
     before, after = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
