@@ -51,6 +51,12 @@ def find_scans(dataset_dir: str, channels: int = 1) -> list[dict]:
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         groups.setdefault(case_id(file, channels), []).append(str(file))
+    for name, group in groups.items():
+        if len(group) > channels:
+            raise UserError(
+                f"{', '.join(group)} are of one case, {name}, whose {channels} channel(s) they cannot all be; move the"
+                " ones that are not meant."
+            )
     return [{"case": name, "image": group[0] if len(group) == 1 else group} for name, group in sorted(groups.items())]
 
 
@@ -77,5 +83,5 @@ def case_id(path: Path, channels: int) -> str:
 
 
 def mask_name(meta: dict, _saver: object = None) -> dict:
-    """Give MONAI's `SaveImaged(output_name_formatter=)` the parts of a mask's file name: the case, no patch index."""
-    return {"subject": case_id(Path(str(meta["filename_or_obj"])), 1), "idx": None}
+    """Give MONAI's `SaveImaged(output_name_formatter=)` the id of a mask's case, no patch index."""
+    return {"subject": meta.get("case") or case_id(Path(str(meta["filename_or_obj"])), 1), "idx": None}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
-from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
+from monai.config import DtypeLike, KeysCollection, PathLike
 from monai.data import MetaTensor
+from monai.data.folder_layout import FolderLayoutBase
 from monai.data.image_writer import NibabelWriter
 from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
+
+from ..data.images import open_image
+from ..utils.files import write_whole
 
 
 class LabelValuesd(MapTransform):
@@ -37,17 +44,59 @@ class LabelValuesd(MapTransform):
         return out
 
 
-class LabelWriter(NibabelWriter):
-    """MONAI's NIfTI writer that keeps a single-slice scan 3D and says in the header that lengths are millimetres."""
+class MaskLayout(FolderLayoutBase):
+    """Names a mask by its case: `{output_dir}/{case}_seg.nii.gz`, dots and blanks in the case's id as they are.
 
-    @classmethod
-    def create_backend_obj(
-        cls,
-        data_array: NdarrayOrTensor,
-        affine: NdarrayOrTensor | None = None,
-        dtype: DtypeLike = None,
-        **kwargs,
-    ):
-        image = super().create_backend_obj(np.atleast_3d(data_array), affine, dtype, **kwargs)
-        image.header.set_xyzt_units("mm", "sec")
-        return image
+    Args:
+        output_dir: folder for the masks.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = Path(output_dir)
+
+    def filename(self, subject: str, idx: object = None, **parts: object) -> str:  # type: ignore[override] # as MONAI calls it
+        """Return the path of a mask.
+
+        Args:
+            subject: id of the case, see data/scans.py.
+            idx: unused.
+            parts: unused.
+        """
+        return str(self.output_dir / f"{subject}_seg.nii.gz")
+
+
+class LabelWriter(NibabelWriter):
+    """MONAI's NIfTI writer that gives a mask the header of its scan: sform, qform, their codes, and the unit.
+
+    So ITK, which reads the qform first, and nibabel, which reads the sform first, both lay the mask on the scan. A scan
+    that was never a file has its affine in both forms, in millimetres.
+    """
+
+    def __init__(self, output_dtype: DtypeLike = None, **kwargs) -> None:
+        super().__init__(output_dtype, **kwargs)
+        self.scan: str | None = None
+
+    def set_metadata(self, meta_dict: Mapping | None = None, resample: bool = False, **options) -> None:
+        """Remember the scan's file besides what MONAI does."""
+        self.scan = (meta_dict or {}).get("filename_or_obj")
+        super().set_metadata(meta_dict, resample, **options)
+
+    def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
+        """Write the mask whole or not at all."""
+        mask = np.atleast_3d(np.asarray(self.data_obj, dtype=self.output_dtype))
+        if self.scan is not None and Path(self.scan).is_file():
+            header = open_image(self.scan).header.copy()
+            header.set_intent("none")
+            header["cal_min"] = header["cal_max"] = 0
+            image = nib.Nifti1Image(mask, None, header)
+        else:
+            image = nib.Nifti1Image(mask, np.asarray(self.affine))
+            image.header.set_xyzt_units("mm", "sec")
+            image.set_qform(image.affine, code="aligned")
+        image.header.set_data_dtype(mask.dtype)
+        image.header.set_slope_inter(1, 0)
+        write_whole(Path(filename), lambda partial: partial.write_bytes(_compressed(image)))
+
+
+def _compressed(image: nib.Nifti1Image) -> bytes:
+    return gzip.compress(image.to_bytes(), 6)

@@ -16,7 +16,9 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, SaveImaged
 
+from ..data.images import Geometry, three_axes
 from ..data.scans import find_scans
+from ..preprocessing.loading import as_scan
 from ..utils.device import amp_kwargs
 from ..utils.errors import UserError, first_cause
 from ..utils.settings import accept_old_names, is_old_name
@@ -122,20 +124,23 @@ def in_memory(image: Image, affine: np.ndarray | None = None) -> MetaTensor:
         UserError: an array whose affine is missing or spans no volume.
     """
     if isinstance(image, nib.spatialimages.SpatialImage):
-        voxels, affine = np.asanyarray(image.dataobj), image.affine
-        voxels = np.moveaxis(voxels, -1, 0) if voxels.ndim > 3 else voxels
+        geometry, stored = Geometry.from_image(image), three_axes(np.asanyarray(image.dataobj))
+        voxels = np.moveaxis(stored, -1, 0) if stored.ndim > 3 else stored
     else:
         voxels = np.asarray(image)
-    given = np.empty(0) if affine is None else np.asarray(affine)
-    found = np.full((4, 4), np.nan) if given.shape != (4, 4) else given.astype(np.float64)
-    if not (np.isfinite(found).all() and np.linalg.det(found[:3, :3])):
+        geometry = Geometry(voxels.shape[-3:], _affine(affine))
+    if not (np.isfinite(geometry.affine).all() and np.linalg.det(geometry.affine[:3, :3])):
         raise UserError(
             f"the affine of an image of the shape {voxels.shape} is {affine}; expected 4 x 4 numbers that span a"
             " volume: give that of its file, or numpy.diag([sx, sy, sz, 1]) for voxels of sx x sy x sz mm."
         )
-    tensor = torch.from_numpy(np.array(voxels if voxels.ndim > 3 else voxels[None], dtype=np.float32))
-    meta = {"original_affine": found, "spatial_shape": np.array(tensor.shape[1:]), "space": "RAS"}
-    return MetaTensor(tensor, affine=torch.from_numpy(found), meta=meta)
+    return as_scan(np.array(voxels if voxels.ndim > 3 else voxels[None], dtype=np.float32), geometry)
+
+
+def _affine(given: np.ndarray | None) -> np.ndarray:
+    """Return 4 x 4 numbers, nan where something else was given."""
+    found = np.empty(0) if given is None else np.asarray(given)
+    return np.full((4, 4), np.nan) if found.shape != (4, 4) else found.astype(np.float64)
 
 
 @contextmanager

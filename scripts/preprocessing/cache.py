@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from ..data.images import Geometry, open_image
 from ..data.scans import image_files
-from ..utils.device import cpu_cores
+from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
 from ..utils.files import remembered, write_whole
 from .cache_key import description, digest, file_digest, versions
@@ -277,7 +276,7 @@ def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
     largest = max((_peak_bytes(case, spacing) for case in cases), default=1)
-    return int(max(1, min(cpu_cores(), _free_bytes() / 2 // largest) // processes))
+    return int(max(1, min(cpu_cores(), free_memory() / 2 // largest) // processes))
 
 
 def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
@@ -291,12 +290,3 @@ def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
     channels = len(files) if len(image.shape) < 4 else image.shape[3]
     voxels = max(np.prod(geometry.shape), np.prod(np.multiply(geometry.shape, geometry.spacing) / spacing))
     return float(voxels) * (PEAK_BYTES + CHANNEL_BYTES * channels)
-
-
-def _free_bytes() -> float:
-    """Return the RAM that programs can still have; where the kernel does not say it, half of all."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    except FileNotFoundError:
-        found = None
-    return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from ..data.images import open_image, require_spacing
 from ..utils.errors import UserError
 
 
@@ -33,8 +30,6 @@ class CheckScand(MapTransform):
             image = data[key]
             name = image.meta.get("filename_or_obj", key) if isinstance(image, MetaTensor) else key
             check_voxels(str(name), image, self.channels)
-            if Path(str(name)).is_file():
-                require_spacing(str(name), open_image(str(name)))
         return data
 
 

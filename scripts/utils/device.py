@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def cpu_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
         except (OSError, ValueError):
             continue
     return max(found, 1)
+
+
+def free_memory() -> float:
+    """Return the bytes of RAM that programs can still have; where the kernel does not say it, half of all."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    except FileNotFoundError:
+        found = None
+    return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
 def loader_workers(device: object = None) -> int:

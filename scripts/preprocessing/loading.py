@@ -1,0 +1,81 @@
+"""Loading a scan or a label as the bundle's one reader sees it, for MONAI's transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import LoadImaged
+
+from ..data.checks import check_image, check_same_grid
+from ..data.images import Geometry, read_image
+from ..data.scans import case_id, image_files
+
+CASE = "case"  # of a case and of a tensor's metadata: its id, which names masks and rows of tables
+
+
+class LoadScand(LoadImaged):
+    """MONAI's LoadImaged with the bundle's reader: (channels, X, Y, Z) float32, with the case's id in the metadata.
+
+    What is a tensor or an array already, as a host may give it, passes.
+
+    Args:
+        keys: files, or lists of files with a channel each.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys, reader="NibabelReader", ensure_channel_first=True)
+
+    def __call__(self, data: Mapping, reader: object = None) -> dict:
+        """Load the files of each key.
+
+        Raises:
+            UserError: a file that cannot be read, or channels on different grids.
+        """
+        out = dict(data)
+        for key in self.key_iterator(out):
+            if not isinstance(out[key], np.ndarray | torch.Tensor):
+                out[key] = load_scan(out[key], data.get(CASE))
+        return out
+
+
+def load_scan(files: str | Path | Sequence[str | Path], case: str | None = None) -> MetaTensor:
+    """Load one file, or several with a channel each.
+
+    Args:
+        files: the file or files.
+        case: id of the case; by default what the name of the first file says.
+
+    Returns:
+        (channels, X, Y, Z) float32 with its affine in mm, and in the metadata what MONAI's own loader leaves.
+
+    Raises:
+        UserError: a file that cannot be read, or channels on different grids.
+    """
+    paths = image_files({"image": str(files) if isinstance(files, str | Path) else [str(file) for file in files]})
+    images = [read_image(path) for path in paths]
+    for image in images:
+        check_image(image)
+        check_same_grid(image.path, image.geometry, images[0].path, images[0].geometry)
+    channels = [channel for image in images for channel in image.channels()]
+    voxels = np.empty((len(channels), *images[0].geometry.shape), np.float32)
+    for place, channel in zip(voxels, channels, strict=True):
+        place[:] = channel.values
+    return as_scan(voxels, images[0].geometry, paths[0], case or case_id(Path(paths[0]), 1))
+
+
+def as_scan(voxels: np.ndarray, geometry: Geometry, path: str | None = None, case: str | None = None) -> MetaTensor:
+    """Give voxels (channels, X, Y, Z) their place, as metadata that MONAI's transforms understand."""
+    meta = {
+        "original_affine": geometry.affine,
+        "spatial_shape": np.array(geometry.shape),
+        "space": "RAS",
+        "header": geometry.disagreement,
+        **({} if path is None else {"filename_or_obj": path}),
+        **({} if case is None else {CASE: case}),
+    }
+    return MetaTensor(torch.from_numpy(voxels), affine=torch.from_numpy(geometry.affine.copy()), meta=meta)
