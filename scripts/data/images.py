@@ -87,7 +87,7 @@ def _disagreement(image: nib.spatialimages.SpatialImage) -> str:
         qform[:3, 3], sform[:3, 3], atol=0.1 * sizes.min()
     ):
         one, other = (f"({', '.join(f'{x:.4g}' for x in form[:3, 3])})" for form in (sform, qform))
-        return f"its sform and its qform place it differently, the first voxel at {one} and at {other} mm; the sform is taken"
+        return f"its sform puts the first voxel at {one} mm, its qform at {other} mm, or turned; the sform is taken"
     return ""
 
 

@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from monai.data.folder_layout import FolderLayoutBase
 from monai.data.image_writer import NibabelWriter
 from monai.transforms import MapTransform
-from monai.utils import ensure_tuple
+from monai.utils import convert_data_type, ensure_tuple
 
 from ..data.images import open_image
 from ..utils.files import write_whole
@@ -83,7 +83,7 @@ class LabelWriter(NibabelWriter):
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
         """Write the mask whole or not at all."""
-        mask = np.atleast_3d(np.asarray(self.data_obj, dtype=self.output_dtype))
+        mask = np.atleast_3d(convert_data_type(self.data_obj, np.ndarray)[0])
         if self.scan is not None and Path(self.scan).is_file():
             header = open_image(self.scan).header.copy()
             header.set_intent("none")

@@ -61,3 +61,50 @@ def test_a_truncated_file_is_named(keep, tmp_path):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=rf"scan.nii.gz \({keep} bytes\) is not a complete NIfTI file"):
         read_image(path)
+
+
+def damaged(kind: str, content: bytearray) -> bytearray:
+    """Change a header in a way that has been seen in the wild, or that fuzzing found."""
+    changes = {
+        "datatype": (70, (9999).to_bytes(2, "little")),
+        "huge": (42, (30000).to_bytes(2, "little") * 3),
+        "negative": (42, (-5).to_bytes(2, "little", signed=True)),
+        "offset": (108, b"\x00\x00\x80\x7f"),  # inf
+        "nan affine": (280, b"\x00\x00\xc0\x7f"),
+        "magic": (344, b"oops"),
+    }
+    place, new = changes[kind]
+    content[place : place + len(new)] = new
+    return content
+
+
+@pytest.mark.parametrize("kind", ["datatype", "huge", "negative", "offset", "nan affine", "magic"])
+def test_a_damaged_header_is_a_sentence(kind, tmp_path):
+    image = nib.Nifti1Image(np.ones((4, 5, 6), np.int16), np.eye(4))
+    (tmp_path / "scan.nii").write_bytes(damaged(kind, bytearray(image.to_bytes())))
+    with pytest.raises(UserError, match="scan.nii"):
+        read_image(tmp_path / "scan.nii")
+
+
+@pytest.mark.parametrize("kind", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]], ids=["complex", "colours"])
+def test_voxels_that_are_no_intensities_are_refused(kind, tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), kind), np.eye(4)), tmp_path / "scan.nii.gz")
+    with pytest.raises(UserError, match="scan.nii.gz has (complex voxels|colours)"):
+        read_image(tmp_path / "scan.nii.gz")
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    generator = np.random.default_rng(0)
+    voxels = generator.integers(0, 2000, (24, 24, 12)).astype(np.int16)
+    whole = save(tmp_path / "scan.nii.gz", voxels).read_bytes()
+    unnoticed = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+        (tmp_path / "scan.nii.gz").write_bytes(content)
+        try:
+            found = read_image(tmp_path / "scan.nii.gz")
+            unnoticed += not np.array_equal(found.voxels, voxels)
+        except UserError:
+            continue
+    assert unnoticed == 0

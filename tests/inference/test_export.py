@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from monai.data import MetaTensor
+from monai.transforms import SaveImaged
 
-from scripts.inference.export import LabelValuesd, LabelWriter
+from scripts.data.scans import mask_name
+from scripts.inference.export import LabelValuesd, LabelWriter, MaskLayout
+from scripts.preprocessing.loading import load_scan
 
 
 def test_values_of_the_files_are_put_back():
@@ -21,10 +28,83 @@ def test_values_of_the_files_are_put_back():
         assert LabelValuesd("pred", closed)({"pred": labels})["pred"] is labels
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5)], ids=["volume", "single slice, squeezed by MONAI"])
-def test_a_mask_is_3d_and_its_lengths_are_millimetres(shape):
-    affine = np.diag([1.0, 2.0, 3.0, 1.0])
-    mask = LabelWriter.create_backend_obj(np.ones(shape, np.uint8), affine=affine)
-    assert mask.shape == (*shape, 1)[:3]
+def scan_of(kind: str, path: Path) -> nib.Nifti1Image:
+    """Save a scan whose header says where it lies in an unusual way."""
+    affine = np.array([[0, 0, 3.0, 20], [1.0, 0, 0, 30], [0, -2.0, 0, 5], [0, 0, 0, 1]])
+    shape = {"single slice": (4, 5, 1), "four axes": (4, 5, 6, 1), "vector": (4, 5, 6, 1, 2)}.get(kind, (4, 5, 6))
+    image = nib.Nifti1Image(np.zeros(shape, ">i2" if kind == "big-endian" else np.int16), affine)
+    if kind == "qform alone":
+        image.set_sform(None, code=0)
+        image.set_qform(affine, code="scanner")
+    if kind == "qform elsewhere":
+        image.set_qform(np.diag([1.0, 2.0, 3.0, 1.0]) @ affine, code="scanner")
+        image.set_sform(affine, code="mni")
+    if kind == "micron":
+        image.header.set_xyzt_units("micron")
+    if kind == "no form":
+        image.set_sform(None, code=0)
+        image.set_qform(None, code=0)
+    if kind == "scaled":
+        image.header.set_slope_inter(0.5, 3)
+        image.header["cal_max"] = 99
+    nib.save(nib.Nifti2Image.from_image(image) if kind == "NIfTI-2" else image, path)
+    return nib.load(path)
+
+
+KINDS = (
+    "plain", "qform alone", "qform elsewhere", "micron", "no form", "scaled", "big-endian", "single slice",
+    "four axes", "vector", "NIfTI-2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_lies_on_its_scan_for_nibabel_and_for_itk(kind, tmp_path):
+    scan = scan_of(kind, tmp_path / "scan.nii.gz")
+    loaded = load_scan(tmp_path / "scan.nii.gz", "a.b c")
+    labels = MetaTensor(torch.zeros(1, *scan.shape[:3], dtype=torch.uint8), meta=loaded.meta)
+    labels[0, 1, 2, 0] = 7
+    options = {"output_dtype": None, "resample": False, "print_log": False, "output_name_formatter": mask_name}
+    SaveImaged("pred", folder_layout=MaskLayout(str(tmp_path / "masks")), writer=LabelWriter, **options)(
+        {"pred": labels}
+    )
+    path = tmp_path / "masks" / "a.b c_seg.nii.gz"
+    mask = nib.load(path)
+    assert mask.shape == scan.shape[:3]
+    assert mask.get_data_dtype() == np.uint8
+    assert int(np.asarray(mask.dataobj)[1, 2, 0]) == 7 == int(np.asarray(mask.dataobj).sum())
+    for name in ("get_sform", "get_qform"):
+        ours, theirs = (getattr(image, name)(coded=True) for image in (mask, scan))
+        assert ours[1] == theirs[1]
+        if theirs[0] is not None:
+            np.testing.assert_array_equal(ours[0], theirs[0])
+    assert mask.header.get_xyzt_units()[0] == scan.header.get_xyzt_units()[0]
+    if kind in ("four axes", "vector", "NIfTI-2"):  # images of more axes, and those ITK does not read, have no pair
+        return
+    one, other = (SimpleITK.ReadImage(str(file)) for file in (path, tmp_path / "scan.nii.gz"))
+    assert one.GetSize() == other.GetSize()
+    for get in ("GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(one, get)(), getattr(other, get)(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_mask_of_an_array_has_its_affine_in_both_forms(tmp_path):
+    affine = np.diag([-1.0, 2.0, 3.0, 1.0])
+    labels = MetaTensor(torch.ones(1, 4, 5, 6, dtype=torch.int16), affine=torch.from_numpy(affine))
+    writer = LabelWriter()
+    writer.set_data_array(labels, channel_dim=0)
+    writer.set_metadata({"affine": affine}, resample=False)
+    writer.write(tmp_path / "mask.nii.gz")
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    assert (int(mask.header["sform_code"]), int(mask.header["qform_code"])) == (2, 2)
+    np.testing.assert_array_equal(mask.get_qform(), affine)
     assert mask.header.get_xyzt_units()[0] == "mm"
-    np.testing.assert_array_equal(mask.affine, affine)
+
+
+def test_a_mask_is_written_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "masks"
+    folder.write_text("a file, where a folder should be")
+    writer = LabelWriter()
+    writer.set_data_array(np.ones((4, 5, 6), np.uint8), channel_dim=None)
+    writer.set_metadata({"affine": np.eye(4)}, resample=False)
+    with pytest.raises(OSError, match="masks"):
+        writer.write(folder / "mask.nii.gz")
+    assert folder.read_text().startswith("a file")
