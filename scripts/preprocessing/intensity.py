@@ -98,7 +98,7 @@ def _normalise(channel: torch.Tensor, scheme: str | Mapping) -> None:
     if isinstance(scheme, Mapping):
         channel.clamp_(*scheme["clip"]).sub_(scheme["mean"]).div_(max(scheme["std"], EPSILON))
     elif scheme == "rescale_to_0_1":
-        noise = FLAT * _to_ordinary_unit(channel)
+        noise = 4 * FLAT * _to_ordinary_unit(channel)  # its extent is some deviations
         extent = channel.sub_(channel.min()).max()
         channel.div_(extent.clamp_min(EPSILON)) if extent >= noise else channel.zero_()
     elif scheme == "rgb_to_0_1":
