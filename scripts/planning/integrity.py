@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..data.datasets import Dataset, missing_files
 from ..data.scans import image_files, list_scans
+from ..data.statistics import LARGEST_TILT
 from ..utils.errors import UserError
 from .fingerprint_file import fingerprint_cases
 
@@ -58,6 +59,17 @@ def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fin
                 record,
                 f"is stored as {record['orientation']}, {counts[usual]} of {len(records)} cases as {usual};"
                 " look whether its header is right.",
+            )
+
+
+def tilts(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find axes far off the patient's, which reorientation turns onto the nearest ones and no further."""
+    for record in records:
+        if (degrees := record.get("tilt", 0.0)) > LARGEST_TILT:
+            yield _warning(
+                record,
+                f"is tilted by {degrees:.0f} degrees off the patient's axes, beyond the {LARGEST_TILT:.0f} that"
+                " augmentation shows a network; look whether its header is right, or resample it straight.",
             )
 
 
@@ -127,6 +139,7 @@ def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Find
 CHECKS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...] = (
     duplicates,
     orientations,
+    tilts,
     without_foreground,
     absent_labels,
     spacings,

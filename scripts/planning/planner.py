@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.datasets import Dataset
+from ..data.statistics import rounded
 from ..utils.errors import UserError
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
@@ -40,7 +41,7 @@ def target_spacing(records: Sequence[dict]) -> list[float]:
     others = [axis for axis in range(3) if axis != worst]
     if spacing[worst] > ANISOTROPY * spacing[others].max() and shape[worst] * ANISOTROPY < shape[others].min():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), spacing[others].max())
-    return [round(float(s), 4) for s in spacing]
+    return [float(f"{s:.6g}") for s in spacing]
 
 
 def target_patch_size(shape: Sequence[float], spacing: Sequence[float]) -> list[int]:
@@ -74,8 +75,8 @@ def intensity_schemes(names: Sequence[str], found: dict) -> str | dict | list:
         values = found["foreground_intensity_properties_per_channel"][str(channel)]
         scheme: str | dict | None = BY_NAME.get(name.lower())
         if name.lower() == "ct" and values:
-            clip = [round(values[name], 4) for name in ("percentile_00_5", "percentile_99_5")]
-            scheme = {"clip": clip, "mean": round(values["mean"], 4), "std": round(values["std"], 4)}
+            clip = [rounded(values[name]) for name in ("percentile_00_5", "percentile_99_5")]
+            scheme = {"clip": clip, "mean": rounded(values["mean"]), "std": rounded(values["std"])}
         schemes.append(scheme or ("zscore_nonzero" if masked else "zscore"))
     return schemes[0] if all(scheme == schemes[0] for scheme in schemes) else schemes
 
