@@ -179,8 +179,8 @@ class InferenceReport:
         if isinstance(engine.state.output, list):  # else this scan could not be segmented
             meta = engine.state.output[0]["pred"].meta
             scan = Path(meta["filename_or_obj"]).name
-            rounded = {name: rounded(float(value)) for name, value in meta["measured"].items()}
-            self.rows[scan] = {"scan": scan, **rounded, UNLIKE: "; ".join(meta[UNLIKE])}
+            measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
+            self.rows[scan] = {"scan": scan, **measured, UNLIKE: "; ".join(meta[UNLIKE])}
             self.unlike[scan] = meta[UNLIKE]
             write_whole(self.file, self._write)
 
