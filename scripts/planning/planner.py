@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ..data.datasets import Dataset
+from ..data.grid import record_faults
 from ..data.statistics import rounded
-from ..utils.errors import UserError
+from ..utils.errors import UserError, told
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
@@ -42,6 +43,11 @@ def target_spacing(records: Sequence[dict]) -> list[float]:
     if spacing[worst] > ANISOTROPY * spacing[others].max() and shape[worst] * ANISOTROPY < shape[others].min():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), spacing[others].max())
     return [float(f"{s:.6g}") for s in spacing]
+
+
+def training_grid(records: Sequence[dict], spacing: str | Sequence[float]) -> list[float]:
+    """Return the spacing of the training grid in mm: what is given, or by nnU-Net's rule for "median"."""
+    return target_spacing(records) if spacing == "median" else [float(edge) for edge in spacing]
 
 
 def target_patch_size(shape: Sequence[float], spacing: Sequence[float]) -> list[int]:
@@ -100,7 +106,7 @@ def plan_training(
         memory_gb: what a training step may take; None leaves batch 2 as published.
     """
     found = dataset_fingerprint(records)
-    grid = target_spacing(records) if spacing == "median" else [float(s) for s in spacing]
+    grid = training_grid(records, spacing)
     shape = np.median([np.multiply(r["cropped"], r["spacing"]) / grid for r in records], axis=0)
     patch = target_patch_size(shape, grid)
     thick = int(np.argmax(grid)) if max(grid) > ANISOTROPY * min(grid) else None
@@ -160,7 +166,7 @@ def write_plan(
         memory_gb: see `plan_training`.
 
     Raises:
-        UserError: `output` is there and says something else, or no case can be read.
+        UserError: `output` is there and says something else, no case can be read, or one cannot be on the grid.
     """
     data = Dataset(dataset_dir)
     records = fingerprint_cases(data.cases, len(data.channels), data.labels, fingerprint_file)
@@ -170,6 +176,8 @@ def write_plan(
             print(f"left out: {record['error']}")
     if not usable:
         raise UserError(f"none of the {len(records)} cases of {dataset_dir} can be read; run checking and mend them.")
+    if faults := record_faults(usable, training_grid(usable, spacing)):
+        raise UserError(told([fault for _, fault in faults], len(usable)))
     overlay = plan_training(data, usable, spacing, size, kernel_size, memory_gb)
     path = Path(output)
     text = json.dumps(overlay, indent=4) + "\n"

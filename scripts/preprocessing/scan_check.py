@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,8 +10,33 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from ..data.grid import require_grid
 from ..data.images import open_image, require_spacing
 from ..utils.errors import UserError
+
+
+class CheckGridd(MapTransform):
+    """Passes an image (C, X, Y, Z) on if it can be brought onto a network's grid, before it is.
+
+    Args:
+        keys: images on their stored voxels in RAS order.
+        spacing: of the network's grid in mm.
+
+    Raises:
+        UserError: fewer voxels than the network needs, or more than memory holds; the message names the file.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
+        super().__init__(keys)
+        self.spacing = [float(edge) for edge in spacing]
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            image = data[key]
+            if isinstance(image, MetaTensor):
+                name = str(image.meta.get("filename_or_obj", "the image"))
+                require_grid(name, list(image.shape[1:]), image.pixdim.tolist(), self.spacing, len(image))
+        return data
 
 
 class CheckScand(MapTransform):
