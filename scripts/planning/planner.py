@@ -16,6 +16,7 @@ from ..data.datasets import Dataset
 from ..data.grid import record_faults
 from ..data.statistics import rounded
 from ..utils.errors import UserError, told
+from ..utils.settings import plain_text
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
@@ -127,10 +128,10 @@ def plan_training(
     overlay = {
         "checks#planned_for": {
             "cases": len(records),
-            "channels": data.channels,
-            "labels": data.labels.names,
+            "channels": [plain_text(name) for name in data.channels],  # read by training/settings_checks.py
+            "labels": [plain_text(name) for name in data.labels.names],
             "label_values": data.labels.values,
-            "because": because,
+            "because": {name: plain_text(reason) for name, reason in because.items()},
         },
         "crop_to_nonzero": any(record["cropped"] != record["shape"] for record in records),
         "intensity": intensity_schemes(data.channels, found),
