@@ -21,7 +21,7 @@ CALL = "$__import__('os').system('touch {file}')"
 NAMES = [CALL, "@train", "%x", "_target_", "a#b", "@#x", "%##iterations", "a::b",
          "$1$ \\frac{$", "<script>alert(1)</script>",
          "\\x24import", "%configs/train.json::epochs", "_disabled_", "=1+1", "a,\"b\"", "$@labels"]  # fmt: skip
-CASES = ["$__import__('os').system('touch X')", "@train", "%x", "a#b", "$$(touch X)"]
+CASES = ["$open('X','w')", "@train", "%x", "a#b", "$$(touch X)"]
 WRITTEN = {  # every file that planning, checking, training, scoring and inference leave
     "plan.json", "fingerprint.json", "fingerprint.png", "checked.json", "check.json", "model.pt", "model.json",
     "training/progress.csv", "training/progress.png", "training/checkpoint.pt",
