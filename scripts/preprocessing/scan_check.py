@@ -12,6 +12,7 @@ from monai.transforms import MapTransform
 
 from ..data.grid import require_grid
 from ..data.images import open_image, require_spacing
+from ..utils.device import total_memory
 from ..utils.errors import UserError
 
 
@@ -29,6 +30,7 @@ class CheckGridd(MapTransform):
     def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
         super().__init__(keys)
         self.spacing = [float(edge) for edge in spacing]
+        total_memory()  # asks the system now, so that nothing is read while an array in memory is segmented
 
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):

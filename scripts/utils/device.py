@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -31,6 +32,7 @@ def cpu_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
     return max(found, 1)
 
 
+@functools.cache
 def total_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
     """Count the bytes of RAM that this computer has, or a container's share of them.
 
