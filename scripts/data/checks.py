@@ -10,6 +10,7 @@ from ..utils.errors import UserError
 from .images import Geometry, StoredImage
 
 AFFINE_TOLERANCE = 1e-3  # in rotation and spacing: what tools leave behind when they rewrite a header
+MICROSCOPY = 0.01  # mm; the tolerance shrinks with voxels smaller than that
 ORIGIN_TOLERANCE = 0.1  # of the smallest spacing
 
 
@@ -57,7 +58,8 @@ def check_same_grid(path: str, one: Geometry, other_path: str, other: Geometry) 
         raise UserError(f"{path} has {one.shape} voxels but {other_path} has {other.shape}; export them on one grid.")
     difference = np.abs(one.affine - other.affine)
     far = ORIGIN_TOLERANCE * min(other.spacing)
-    if difference[:3, :3].max() > AFFINE_TOLERANCE or difference[:3, 3].max() > far:
+    near = AFFINE_TOLERANCE * min(1.0, max(other.spacing) / MICROSCOPY)
+    if difference[:3, :3].max() > near or difference[:3, 3].max() > far:
         raise UserError(
             f"{path} lies elsewhere than {other_path}: affine {np.round(one.affine[:3], 4).tolist()} against"
             f" {np.round(other.affine[:3], 4).tolist()}; export them on one grid or copy the right header."

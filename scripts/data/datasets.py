@@ -5,12 +5,13 @@ A case is a dictionary `{"case": id, "image": file or list of files (one a chann
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
 from ..utils.errors import UserError
+from ..utils.files import read_json
 from .folds import Fold, read_folds
 from .images import ENDINGS
 from .labels import Labels
@@ -32,8 +33,7 @@ class Dataset:
         self.file = self.folder / "dataset.json"
         self.description = _description(self.folder, self.file)
         self.is_nnunet = "channel_names" in self.description
-        names = self.description["channel_names" if self.is_nnunet else "modality"]
-        self.channels: list[str] = [names[key] for key in sorted(names, key=int)]
+        self.channels = _channels(self.description, self.file)
         self.labels = Labels.from_dataset_json(self.description, self.file)
 
     @cached_property
@@ -95,10 +95,26 @@ class Dataset:
         listed = self.description.get("training")
         if not isinstance(listed, list):
             raise UserError(f'{self.file} has no "training" list; expected Decathlon or nnU-Net v2 layout.')
-        return [
-            {"case": stem(Path(c["image"])), **{part: str(self.folder / c[part]) for part in ("image", "label")}}
-            for c in listed
-        ]
+        return [self._decathlon_case(number, entry) for number, entry in enumerate(listed)]
+
+    def _decathlon_case(self, number: int, entry: object) -> dict:
+        """Read an entry of the list; several images are the channels of one case, known by the first of them."""
+        found = entry if isinstance(entry, dict) else {}
+        images = found.get("image")
+        images = [images] if isinstance(images, str) else images
+        paths = [*images, found.get("label")] if isinstance(images, list) else []
+        if len(paths) < 2 or not all(isinstance(path, str) and path.strip() for path in paths):
+            raise UserError(
+                f'{self.file} has {repr(entry)[:80]} as "training" case {number}; expected {{"image": FILE or a list of'
+                ' them, one a channel, "label": FILE}: correct it.'
+            )
+        *files, label = (str(self.folder / path) for path in paths)
+        name = stem(Path(files[0]))
+        return {
+            "case": name if len(files) == 1 else CHANNEL.sub("", name),
+            "image": files[0] if len(files) == 1 else files,
+            "label": label,
+        }
 
     def _nnunet_cases(self) -> list[dict]:
         ending = self.description.get("file_ending", ".nii.gz")
@@ -126,10 +142,11 @@ def _description(folder: Path, file: Path) -> dict:
             f"{file} not found; dataset_dir must be a Medical Segmentation Decathlon or nnU-Net v2 folder"
             " (dataset.json, imagesTr, labelsTr)."
         )
-    try:
-        description = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is not valid JSON ({e}); correct it.") from e
+    description = read_json(file)
+    if not isinstance(description, dict):
+        raise UserError(
+            f'{file} holds a {type(description).__name__}; expected a dictionary with "labels": correct it.'
+        )
     for key in ("labels", "channel_names" if "channel_names" in description else "modality"):
         if not isinstance(description.get(key), dict):
             wanted = '"labels" and "channel_names" (nnU-Net v2) or "modality" (Decathlon)'
@@ -137,6 +154,19 @@ def _description(folder: Path, file: Path) -> dict:
     return description
 
 
+def _channels(description: dict, file: Path) -> list[str]:
+    """List the names of the channels by their numbers."""
+    key = "channel_names" if "channel_names" in description else "modality"
+    names = description[key]
+    numbers = [int(number) for number in names if number.isdecimal() and len(number) < 9]
+    if not names or len(set(numbers)) < len(names) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(
+            f'{file} gives "{key}" {repr(names)[:200]}; expected a name a channel, such as'
+            ' {"0": "T1", "1": "T2"}: correct it.'
+        )
+    return [names[number] for number in sorted(names, key=int)]
+
+
 def missing_files(case: dict) -> list[str]:
     """List those of a case's files that are not there."""
-    return [path for path in (*image_files(case), case["label"]) if not Path(path).is_file()]
+    return [path for path in (*image_files(case), case["label"]) if not os.path.isfile(path)]  # of any text

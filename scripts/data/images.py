@@ -27,6 +27,20 @@ SAME_FORM = 1e-3  # by which the forms of a header may differ: what float32 and 
 logger = logging.getLogger("mednext")
 
 
+def tilt(affine: np.ndarray) -> float:
+    """Measure how far the stored axes lie off the patient's, in degrees: the largest angle to the nearest one, 0 to 90.
+
+    Reorientation turns axes onto the nearest of the patient's; this is what it leaves.
+    """
+    columns = np.asarray(affine, dtype=np.float64)[:3, :3]
+    columns = columns / np.linalg.norm(columns, axis=0)
+    nearest = nib.io_orientation(np.asarray(affine, dtype=np.float64))[:, 0]
+    if not np.isfinite(nearest).all():
+        return 0.0
+    along = [abs(columns[int(axis), stored]) for stored, axis in enumerate(nearest)]
+    return float(np.degrees(np.arccos(np.clip(min(along), 0.0, 1.0))))
+
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """Says where the voxels of a scan lie; checks, fingerprint, plan, network and cache ask it alone.
@@ -58,6 +72,11 @@ class Geometry:
     def spacing(self) -> tuple[float, ...]:
         """Edges of a voxel along the stored axes in mm."""
         return tuple(float(f"{edge:.7g}") for edge in voxel_sizes(self.affine))  # headers are float32
+
+    @property
+    def tilt(self) -> float:
+        """Degrees by which the axes lie off the patient's, see `tilt`."""
+        return round(tilt(self.affine), 2)
 
     @property
     def orientation(self) -> str:

@@ -57,7 +57,7 @@ class Labels:
                 highest; regions without an order to write them in.
         """
         groups, overlapping = _groups(description["labels"], path)
-        ignore = groups.pop("ignore", [None])[0]
+        ignore = _ignored(groups, path)
         stored = [value for group in groups.values() for value in group]
         values = sorted(set(stored) if overlapping else stored)
         repeated = len(set(values)) < len(values)
@@ -138,7 +138,12 @@ class Labels:
 
 def _groups(found: Mapping, path: str | Path) -> tuple[dict[str, list[int]], bool]:
     """Values of each name, and whether any name is a region."""
-    named = {name: int(value) for value, name in found.items()} if all(key.isdigit() for key in found) else dict(found)
+    numbered = all(key.isdecimal() and len(key) < 9 for key in found) and not any(
+        type(v) is int for v in found.values()
+    )
+    if numbered and not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f'{path} gives "labels" {repr(found)[:200]}; expected a name for each value: correct it.')
+    named = {name: int(value) for value, name in found.items()} if numbered else dict(found)
     if len(named) < len(found):
         raise UserError(f'{path} gives two "labels" one name: {found}; correct dataset.json.')
     groups = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
@@ -147,9 +152,18 @@ def _groups(found: Mapping, path: str | Path) -> tuple[dict[str, list[int]], boo
     return groups, any(isinstance(value, list) for value in named.values())
 
 
+def _ignored(groups: dict[str, list[int]], path: str | Path) -> int | None:
+    """Take the value of "ignore" out of the groups."""
+    values: list = groups.pop("ignore", [None])
+    if len(values) > 1 or (values[0] is not None and values[0] > LARGEST):
+        raise UserError(f'{path} gives "ignore" the value {repr(values)[:60]}; expected one, up to {LARGEST}.')
+    return values[0]
+
+
 def _regions_class_order(description: Mapping, regions: Mapping, values: list[int], path: str | Path) -> list[int]:
     order = description.get("regions_class_order")
-    if not isinstance(order, list) or len(order) != len(regions) or not set(order) <= set(values):
+    known = isinstance(order, list) and all(type(value) is int and value in values for value in order)
+    if not isinstance(order, list) or not known or len(order) != len(regions):
         raise UserError(
             f'{path} gives "regions_class_order" {order} for the regions {", ".join(regions)}; expected one of the'
             f" values {values[1:]} for each, in the order in which they are painted over one another."

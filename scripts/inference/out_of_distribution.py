@@ -18,13 +18,16 @@ from ignite.engine import Engine, Events
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from ..data.statistics import label_volumes, scan_measures
+from ..data.images import tilt
+from ..data.statistics import LARGEST_TILT, TILT, contrast, label_volumes, present_ranges, rounded, scan_measures
 from ..utils.errors import UserError
 from ..utils.files import write_whole
 
 GRID_FACTOR = 1.25  # how many times more or less than in training spacing and extent may be
 VOLUME_FACTOR = 2.0  # and the predicted volume of a label
 CONTRAST_MARGIN = 0.5  # how far beyond the range of training contrast may be, in widths of that range
+
+ROUNDING = 1e-12  # of the mean square, in double precision: less is no variance
 
 UNLIKE = "unlike the training cases"  # column of the report, entry of a mask's metadata
 
@@ -40,6 +43,9 @@ def out_of_range(found: Mapping[str, float], ranges: Mapping[str, Sequence[float
     """
     said = []
     for name, value in found.items():
+        if name == TILT:
+            said += _tilted(value, ranges.get(TILT, (0.0, 0.0))[1])
+            continue
         if name not in ranges:
             continue
         low, high = ranges[name]
@@ -47,6 +53,16 @@ def out_of_range(found: Mapping[str, float], ranges: Mapping[str, Sequence[float
         if not least <= value <= most:
             said.append(f"{name} is {value:.3g}, in training {low:.3g} to {high:.3g}")
     return said
+
+
+def _tilted(degrees: float, trained: float) -> list[str]:
+    """Say of a tilt that neither augmentation nor the training cases have shown the network what it is."""
+    if degrees <= max(LARGEST_TILT, GRID_FACTOR * trained):
+        return []
+    return [
+        f"it is tilted by {degrees:.0f} degrees off the patient's axes, beyond the {LARGEST_TILT:.0f} that augmentation"
+        " shows a network: look whether its header is right"
+    ]
 
 
 def _widened(name: str, low: float, high: float) -> tuple[float, float]:
@@ -69,15 +85,19 @@ class MeasureScand(MapTransform):
         for key in self.key_iterator(data):
             image = data[key]
             contrasts = [_contrast(channel) for channel in image.as_tensor()]  # MetaTensors copy metadata each time
-            image.meta["measured"] = scan_measures(image.pixdim.tolist(), image.shape[1:], contrasts)
+            degrees = round(tilt(image.affine.numpy()), 2)
+            image.meta["measured"] = scan_measures(image.pixdim.tolist(), image.shape[1:], contrasts, degrees)
         return data
 
 
 def _contrast(channel: torch.Tensor) -> float:
-    """Divide std by mean of the non-zero voxels (X, Y, Z) without making anything of the channel's size."""
-    n, total = int(channel.count_nonzero()), float(channel.sum(dtype=torch.float64))
-    squares = sum(float(plane.double().square().sum()) for plane in channel)
-    return math.sqrt(max(squares / n - (total / n) ** 2, 0.0)) / (total / n) if total else 0.0
+    """Measure the contrast of the non-zero voxels (X, Y, Z) without making anything of the channel's size."""
+    if not (n := int(channel.count_nonzero())):
+        return 0.0
+    mean = float(channel.sum(dtype=torch.float64)) / n
+    squares = sum(float(plane.double().square().sum()) for plane in channel) / n
+    variance = squares - mean**2
+    return contrast(mean, math.sqrt(variance) if variance > ROUNDING * squares else 0.0)
 
 
 class CompareWithTrainingd(MapTransform):
@@ -96,7 +116,7 @@ class CompareWithTrainingd(MapTransform):
         values: Sequence[int] | None = None,
     ) -> None:
         super().__init__(keys)
-        self.ranges, self.labels = ranges or {}, list(values or [])[1:]
+        self.ranges, self.labels = present_ranges(ranges or {}), list(values or [])[1:]
 
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
@@ -159,8 +179,8 @@ class InferenceReport:
         if isinstance(engine.state.output, list):  # else this scan could not be segmented
             meta = engine.state.output[0]["pred"].meta
             scan = Path(meta["filename_or_obj"]).name
-            rounded = {name: round(value, 4) for name, value in meta["measured"].items()}
-            self.rows[scan] = {"scan": scan, **rounded, UNLIKE: "; ".join(meta[UNLIKE])}
+            measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
+            self.rows[scan] = {"scan": scan, **measured, UNLIKE: "; ".join(meta[UNLIKE])}
             self.unlike[scan] = meta[UNLIKE]
             write_whole(self.file, self._write)
 

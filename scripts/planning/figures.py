@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -20,6 +21,11 @@ def draw_fingerprint(records: Sequence[dict], labels: Sequence[str], spacing: Se
         spacing: of the target grid in mm.
         path: PNG to write.
     """
+    with matplotlib.rc_context({"text.parse_math": False}):  # a label may be named $1$
+        _draw(records, labels, spacing).savefig(path, dpi=110)
+
+
+def _draw(records: Sequence[dict], labels: Sequence[str], spacing: Sequence[float]) -> Figure:
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     shapes = np.array([np.multiply(r["cropped"], r["spacing"]) / spacing for r in records])
@@ -50,4 +56,4 @@ def draw_fingerprint(records: Sequence[dict], labels: Sequence[str], spacing: Se
         for line in legend.get_lines():
             line.set_alpha(1)
     figure.suptitle(f"{len(records)} cases")
-    figure.savefig(path, dpi=110)
+    return figure

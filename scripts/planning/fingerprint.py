@@ -25,10 +25,10 @@ def fingerprint_case(case: dict, channels: int, labels: Labels) -> dict:
         labels: that dataset.json names.
 
     Returns:
-        orientation ("RAS" ..); in the order of RAS axes: shape (voxels), spacing (mm), cropped (shape of the smallest
-        box with all non-zero voxels); labels (voxels of each label, those to ignore last); channels (mean, std of
-        non-zero voxels); foreground (of each channel: mean, std, min, max and QUANTILES of the voxels with a label,
-        None where there are none); digest (of the image's voxels).
+        orientation ("RAS" ..); tilt (degrees); in the order of RAS axes: shape (voxels), spacing (mm), cropped (shape
+        of the smallest box with all non-zero voxels); labels (voxels of each label, those to ignore last); channels
+        (mean, std of non-zero voxels); foreground (of each channel: mean, std, min, max and QUANTILES of the voxels
+        with a label, None where there are none); digest (of the image's voxels).
 
     Raises:
         UserError: one sentence about what is wrong with it.
@@ -56,6 +56,7 @@ def fingerprint_case(case: dict, channels: int, labels: Labels) -> dict:
         "shape": geometry.in_ras(geometry.shape),
         "spacing": geometry.in_ras(geometry.spacing),
         "orientation": geometry.orientation,
+        "tilt": geometry.tilt,
         "cropped": geometry.in_ras(measured.cropped()),
         "labels": np.sum(counts, axis=0).tolist(),
         "channels": measured.everywhere,
@@ -99,7 +100,7 @@ def _moments(channel: StoredImage, mask: np.ndarray, quantiles: bool = False) ->
     found: dict = {"mean": float(values.mean(dtype=np.float64)), "std": float(values.std(dtype=np.float64))}
     if quantiles:
         found |= {"min": float(values.min()), "max": float(values.max())}
-        found["quantiles"] = [round(float(q), 6) for q in np.quantile(values, QUANTILES)]
+        found["quantiles"] = [float(f"{q:.9g}") for q in np.quantile(values, QUANTILES)]
     return found
 
 

@@ -20,6 +20,7 @@ from ..utils.files import remembered, write_whole
 from .fingerprint import fingerprint_case
 
 SAVE_EVERY = 20  # seconds
+VERSION = 2  # of what a record holds
 
 logger = logging.getLogger("mednext")
 
@@ -82,4 +83,4 @@ def _remember(known: dict, path: Path) -> None:
 
 def _signature(case: dict, channels: int, labels: Labels) -> list:
     states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
-    return [channels, labels.values, labels.ignore_value, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]
+    return [VERSION, channels, labels.values, labels.ignore_value, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]

@@ -13,12 +13,17 @@ import numpy as np
 import torch.distributed as dist
 
 from ..data.datasets import Dataset, missing_files
+from ..data.folds import read_folds
+from ..data.grid import record_faults
 from ..data.scans import image_files, list_scans
-from ..utils.errors import UserError
+from ..data.statistics import LARGEST_TILT
+from ..utils.errors import UserError, told
 from .fingerprint_file import fingerprint_cases
+from .planner import training_grid
 
 logger = logging.getLogger("mednext")
 
+MM = (1.0, 1.0, 1.0)  # spacing of the grid as published
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
 
@@ -58,6 +63,17 @@ def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fin
                 record,
                 f"is stored as {record['orientation']}, {counts[usual]} of {len(records)} cases as {usual};"
                 " look whether its header is right.",
+            )
+
+
+def tilts(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find axes far off the patient's, which reorientation turns onto the nearest ones and no further."""
+    for record in records:
+        if (degrees := record.get("tilt", 0.0)) > LARGEST_TILT:
+            yield _warning(
+                record,
+                f"is tilted by {degrees:.0f} degrees off the patient's axes, beyond the {LARGEST_TILT:.0f} that"
+                " augmentation shows a network; look whether its header is right, or resample it straight.",
             )
 
 
@@ -127,6 +143,7 @@ def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Find
 CHECKS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...] = (
     duplicates,
     orientations,
+    tilts,
     without_foreground,
     absent_labels,
     spacings,
@@ -164,12 +181,27 @@ def case_counts(data: Dataset) -> Iterator[Finding]:
         yield Finding("error", "", "dataset.json", message)
 
 
-def inspect_dataset(data: Dataset, fingerprint_file: str) -> list[Finding]:
+def unusable_splits(data: Dataset) -> Iterator[Finding]:
+    """Find what is wrong with a split that the data set brings."""
+    try:
+        read_folds(data.folder, [case["case"] for case in data.listed_cases])
+    except UserError as e:
+        yield Finding("error", "", "splits_final.json", str(e))
+
+
+def impossible_grids(records: Sequence[dict], spacing: str | Sequence[float]) -> Iterator[Finding]:
+    """Find cases with too few voxels for the network, or more than memory holds, on the grid of a training."""
+    for record, fault in record_faults(records, training_grid(records, spacing)) if records else ():
+        yield Finding("error", record["case"], record["file"], fault)
+
+
+def inspect_dataset(data: Dataset, fingerprint_file: str, spacing: str | Sequence[float] = MM) -> list[Finding]:
     """List all findings about a data set, errors first.
 
     Args:
         data: the data set.
         fingerprint_file: JSON file that remembers what was read.
+        spacing: of the training grid in mm, or "median", see planner.py.
     """
     absent = list(absent_files(data.listed_cases))
     lacking = {finding.case for finding in absent}
@@ -178,17 +210,21 @@ def inspect_dataset(data: Dataset, fingerprint_file: str) -> list[Finding]:
     faults = [Finding("error", r["case"], r["file"], r["error"]) for r in records if "error" in r]
     usable = [record for record in records if "error" not in record]
     odd = [finding for check in CHECKS for finding in check(usable, data.labels.index_names)]
-    found = [*absent, *faults, *unlisted_files(data), *case_counts(data), *odd]
+    whole = [*unlisted_files(data), *case_counts(data), *unusable_splits(data)]
+    faults += impossible_grids(usable, spacing)
+    found = [*absent, *faults, *whole, *odd]
     return sorted(found, key=lambda finding: finding.severity)
 
 
-def check_dataset(dataset_dir: str, output_dir: str, fingerprint_file: str) -> None:
+def check_dataset(
+    dataset_dir: str, output_dir: str, fingerprint_file: str, spacing: str | Sequence[float] = MM
+) -> None:
     """Print all findings and writes them to `check.json` in `output_dir`.
 
     Raises:
         UserError: a training could not use the data set as it is.
     """
-    findings = inspect_dataset(Dataset(dataset_dir), fingerprint_file)
+    findings = inspect_dataset(Dataset(dataset_dir), fingerprint_file, spacing)
     for finding in findings:
         print(finding)
     path = Path(output_dir) / "check.json"
@@ -222,10 +258,9 @@ def check_cases(
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
         faults = [record["error"] for record in records if "error" in record]
-        if len(faults) == 1:
-            raise UserError(faults[0])
+        faults += [fault for _, fault in record_faults([r for r in records if "error" not in r], spacing)]
         if faults:
-            raise UserError(f"{len(faults)} of {len(records)} cases cannot be used:\n  " + "\n  ".join(faults))
+            raise UserError(told(faults, len(records)))
         for finding in [f for check in CHECKS for f in check(records, names)] if names else ():
             logger.warning("%s", finding.message)
         warn_of_small_scans(records, patch_size, spacing)

@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..data.datasets import Dataset
-from ..utils.errors import UserError
+from ..data.grid import record_faults
+from ..data.statistics import rounded
+from ..utils.errors import UserError, told
+from ..utils.settings import plain_text
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
@@ -40,7 +43,12 @@ def target_spacing(records: Sequence[dict]) -> list[float]:
     others = [axis for axis in range(3) if axis != worst]
     if spacing[worst] > ANISOTROPY * spacing[others].max() and shape[worst] * ANISOTROPY < shape[others].min():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), spacing[others].max())
-    return [round(float(s), 4) for s in spacing]
+    return [float(f"{s:.6g}") for s in spacing]
+
+
+def training_grid(records: Sequence[dict], spacing: str | Sequence[float]) -> list[float]:
+    """Return the spacing of the training grid in mm: what is given, or by nnU-Net's rule for "median"."""
+    return target_spacing(records) if spacing == "median" else [float(edge) for edge in spacing]
 
 
 def target_patch_size(shape: Sequence[float], spacing: Sequence[float]) -> list[int]:
@@ -74,8 +82,8 @@ def intensity_schemes(names: Sequence[str], found: dict) -> str | dict | list:
         values = found["foreground_intensity_properties_per_channel"][str(channel)]
         scheme: str | dict | None = BY_NAME.get(name.lower())
         if name.lower() == "ct" and values:
-            clip = [round(values[name], 4) for name in ("percentile_00_5", "percentile_99_5")]
-            scheme = {"clip": clip, "mean": round(values["mean"], 4), "std": round(values["std"], 4)}
+            clip = [rounded(values[name]) for name in ("percentile_00_5", "percentile_99_5")]
+            scheme = {"clip": clip, "mean": rounded(values["mean"]), "std": rounded(values["std"])}
         schemes.append(scheme or ("zscore_nonzero" if masked else "zscore"))
     return schemes[0] if all(scheme == schemes[0] for scheme in schemes) else schemes
 
@@ -99,7 +107,7 @@ def plan_training(
         memory_gb: what a training step may take; None leaves batch 2 as published.
     """
     found = dataset_fingerprint(records)
-    grid = target_spacing(records) if spacing == "median" else [float(s) for s in spacing]
+    grid = training_grid(records, spacing)
     shape = np.median([np.multiply(r["cropped"], r["spacing"]) / grid for r in records], axis=0)
     patch = target_patch_size(shape, grid)
     thick = int(np.argmax(grid)) if max(grid) > ANISOTROPY * min(grid) else None
@@ -120,10 +128,10 @@ def plan_training(
     overlay = {
         "checks#planned_for": {
             "cases": len(records),
-            "channels": data.channels,
-            "labels": data.labels.names,
+            "channels": [plain_text(name) for name in data.channels],  # read by training/settings_checks.py
+            "labels": [plain_text(name) for name in data.labels.names],
             "label_values": data.labels.values,
-            "because": because,
+            "because": {name: plain_text(reason) for name, reason in because.items()},
         },
         "crop_to_nonzero": any(record["cropped"] != record["shape"] for record in records),
         "intensity": intensity_schemes(data.channels, found),
@@ -159,7 +167,7 @@ def write_plan(
         memory_gb: see `plan_training`.
 
     Raises:
-        UserError: `output` is there and says something else, or no case can be read.
+        UserError: `output` is there and says something else, no case can be read, or one cannot be on the grid.
     """
     data = Dataset(dataset_dir)
     records = fingerprint_cases(data.cases, len(data.channels), data.labels, fingerprint_file)
@@ -169,6 +177,8 @@ def write_plan(
             print(f"left out: {record['error']}")
     if not usable:
         raise UserError(f"none of the {len(records)} cases of {dataset_dir} can be read; run checking and mend them.")
+    if faults := record_faults(usable, training_grid(usable, spacing)):
+        raise UserError(told([fault for _, fault in faults], len(usable)))
     overlay = plan_training(data, usable, spacing, size, kernel_size, memory_gb)
     path = Path(output)
     text = json.dumps(overlay, indent=4) + "\n"

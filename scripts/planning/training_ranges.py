@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..data.statistics import label_volumes, scan_measures
+from ..data.statistics import contrast, label_volumes, rounded, scan_measures
 
 
 def learn_training_ranges(
@@ -23,8 +23,8 @@ def learn_training_ranges(
     for record in records:
         if record["case"] in names and "error" not in record:
             counts = dict(list(zip(values, record["labels"], strict=False))[1:])
-            contrasts = [c["std"] / c["mean"] if c and c["mean"] else 0.0 for c in record["channels"]]
-            measured = scan_measures(record["spacing"], record["shape"], contrasts)
+            contrasts = [contrast(c["mean"], c["std"]) if c else 0.0 for c in record["channels"]]
+            measured = scan_measures(record["spacing"], record["shape"], contrasts, record.get("tilt", 0.0))
             for name, value in {**measured, **label_volumes(counts, math.prod(record["spacing"]))}.items():
                 found.setdefault(name, []).append(value)
-    return {name: [round(min(v), 4), round(max(v), 4)] for name, v in found.items()}
+    return {name: [rounded(min(v)), rounded(max(v))] for name, v in found.items()}

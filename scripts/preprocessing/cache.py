@@ -29,15 +29,13 @@ from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
+from ..data.grid import CHANNEL_BYTES, PEAK_BYTES
 from ..data.images import Geometry, open_image
 from ..data.scans import image_files
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
 from ..utils.files import remembered, write_whole
 from .cache_key import description, digest, file_digest, versions
-
-# bytes a voxel while it is resampled, and for each channel (docs/benchmarks/preprocessing_2-core-cpu_2026-11-21.md)
-PEAK_BYTES, CHANNEL_BYTES = 40, 8
 
 
 class CachedDataset(Dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ SCHEMES = ("zscore", "zscore_nonzero", "rescale_to_0_1", "rgb_to_0_1", "none")
 CT = ("clip", "mean", "std")
 EPSILON = 1e-8  # nnU-Net's, so that a constant channel becomes zero
 RINGING = 0.01  # standard deviations; what cubic interpolation leaves some voxels outside a mask
+ORDINARY = (0.25, 2.0**50)  # largest magnitude; below, EPSILON counts, above, squares leave float32
+FLAT = 2.0**-21  # of the largest magnitude; what float32 and interpolation leave of a constant image
 
 Intensity = str | Mapping | Sequence[str | Mapping]
 
@@ -30,6 +33,8 @@ def schemes(intensity: Intensity, channels: int) -> list[str | Mapping]:
     - "zscore_nonzero": the same within the non-zero voxels, holes filled; the others stay 0 (for skull-stripped MR);
     - {"clip": [low, high], "mean": m, "std": s}: clipped, then shifted and scaled (nnU-Net's for CT, from its plan);
     - "rescale_to_0_1": from smallest to largest; "rgb_to_0_1": divided by 255; "none".
+
+    The z-scores and "rescale_to_0_1" do not depend on the unit of intensity, from 1e-30 to 1e30 of an ordinary one.
 
     Raises:
         UserError: an unknown scheme, or another number of them than of channels.
@@ -93,16 +98,38 @@ def _normalise(channel: torch.Tensor, scheme: str | Mapping) -> None:
     if isinstance(scheme, Mapping):
         channel.clamp_(*scheme["clip"]).sub_(scheme["mean"]).div_(max(scheme["std"], EPSILON))
     elif scheme == "rescale_to_0_1":
-        channel.sub_(channel.min()).div_(channel.max().clamp_min(EPSILON))
+        noise = 4 * FLAT * _to_ordinary_unit(channel)  # its extent is some deviations
+        extent = channel.sub_(channel.min()).max()
+        channel.div_(extent.clamp_min(EPSILON)) if extent >= noise else channel.zero_()
     elif scheme == "rgb_to_0_1":
         channel.div_(255)
     else:  # zscore
-        _standardise(channel, channel)
+        _standardise(channel)
 
 
-def _standardise(channel: torch.Tensor, values: torch.Tensor) -> None:
+def _to_ordinary_unit(channel: torch.Tensor) -> float:
+    """Multiply by a power of two where the magnitude is extreme, in place; return the largest magnitude then.
+
+    A power of two changes no digit, and where the magnitude is ordinary nothing is changed at all.
+    """
+    magnitude = max(abs(float(limit)) for limit in channel.aminmax()) if channel.numel() else 0.0
+    if magnitude and math.isfinite(magnitude) and not ORDINARY[0] <= magnitude <= ORDINARY[1]:
+        shift = 10 - math.frexp(magnitude)[1]
+        for part in (shift // 2, shift - shift // 2):  # float32 has no 2^137
+            channel.mul_(2.0**part)
+        magnitude = math.ldexp(magnitude, shift)
+    return magnitude
+
+
+def _standardise(channel: torch.Tensor, inside: torch.Tensor | None = None) -> None:
+    """Shift and scale a channel, in place, by mean and deviation of the voxels `inside`, or of all."""
+    magnitude = _to_ordinary_unit(channel)
+    values = channel if inside is None else channel[inside]
     mean = values.mean(dtype=torch.float64)  # in float32 it would depend on the number of threads
     deviation = (values - mean.float()).square_().mean(dtype=torch.float64).sqrt()
+    if deviation < FLAT * magnitude:
+        channel.zero_()
+        return
     channel.sub_(mean.float()).div_((deviation + EPSILON).float())
 
 
@@ -110,7 +137,7 @@ def _normalise_within(image: torch.Tensor, channels: Sequence[int]) -> None:
     """Normalise the voxels in which any channel is not 0, as nnU-Net has it; all others stay 0."""
     inside = _filled(image != 0)
     for channel in channels if inside.any() else ():
-        _standardise(image[channel], image[channel][inside])
+        _standardise(image[channel], inside)
         image[channel].mul_(inside)
 
 

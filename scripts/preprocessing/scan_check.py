@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from ..data.grid import require_grid
+from ..utils.device import total_memory
 from ..utils.errors import UserError
+
+
+class CheckGridd(MapTransform):
+    """Passes an image (C, X, Y, Z) on if it can be brought onto a network's grid, before it is.
+
+    Args:
+        keys: images on their stored voxels in RAS order.
+        spacing: of the network's grid in mm.
+
+    Raises:
+        UserError: fewer voxels than the network needs, or more than memory holds; the message names the file.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
+        super().__init__(keys)
+        self.spacing = [float(edge) for edge in spacing]
+        total_memory()  # asks the system now, so that nothing is read while an array in memory is segmented
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            image = data[key]
+            if isinstance(image, MetaTensor):
+                name = str(image.meta.get("filename_or_obj", "the image"))
+                require_grid(name, list(image.shape[1:]), image.pixdim.tolist(), self.spacing, len(image))
+        return data
 
 
 class CheckScand(MapTransform):

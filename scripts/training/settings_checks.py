@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..data.datasets import Dataset
 from ..mednext import KERNEL_SIZES, SIZES
 from ..utils.errors import UserError
-from ..utils.settings import RENAMED
+from ..utils.settings import RENAMED, read_text
 from ..weights.model_settings import ModelSettings
 
 PLANNING = "python -m monai.bundle run planning --config_file configs/plan.json --dataset_dir FOLDER"
@@ -42,10 +42,11 @@ class Given(NamedTuple):
 def check_plan(given: Given) -> None:
     """Refuse a plan that was made for other channels or labels."""
     for name, found in given.described.items():
-        planned = found if given.planned_for is None else given.planned_for.get(name, found)
-        if list(planned) != found:
+        written = found if given.planned_for is None else given.planned_for.get(name, found)
+        planned = [read_text(entry) if isinstance(entry, str) else entry for entry in written]
+        if given.planned_for is not None and planned != found:
             raise UserError(
-                f"the plan is for the {name} {list(planned)}, the data set has {found}; plan this data set: {PLANNING}"
+                f"the plan is for the {name} {planned}, the data set has {found}; plan this data set: {PLANNING}"
             )
 
 

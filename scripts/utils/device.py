@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -39,6 +40,24 @@ def free_memory() -> float:
     except FileNotFoundError:
         found = None
     return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+
+
+@functools.cache
+def total_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Count the bytes of RAM that this computer has, or a container's share of them.
+
+    Args:
+        groups: folder in which Linux tells that share, by control groups of version 1 or 2.
+    """
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return math.inf  # Windows does not say
+    found = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2, version 1
+        try:
+            found = min(found, int((groups / name).read_text()))
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 def loader_workers(device: object = None) -> int:

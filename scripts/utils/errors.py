@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 
@@ -14,6 +14,13 @@ class UserError(ValueError):
     The message names the file, what was found, what was expected and what to do. On the command line it is printed
     alone and the exit code is 1; in Python it is an ordinary ValueError.
     """
+
+
+def told(faults: Sequence[str], cases: int) -> str:
+    """Join the faults of some of so many cases, one a line; one alone speaks for itself."""
+    if len(faults) == 1:
+        return faults[0]
+    return f"{len(faults)} of {cases} cases cannot be used:\n  " + "\n  ".join(faults)
 
 
 def first_cause(error: BaseException) -> BaseException:

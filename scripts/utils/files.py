@@ -7,6 +7,24 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from .errors import UserError
+
+
+def read_json(path: Path) -> object:
+    """Read a JSON file that a person may have written, in UTF-8 with or without its mark.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or holds text that no file and no screen can show.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        json.dumps(content, ensure_ascii=False).encode()  # halves of characters are JSON, but no text
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); mend its permissions or copy it again.") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON ({e}); correct it.") from e
+    return content
+
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put that in the place of `path`; missing folders are made.
@@ -27,6 +45,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 def remembered(path: Path) -> dict:
     """Return what an earlier run left in a JSON file, or {} where there is no such file or it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
+
+SPECIAL = re.compile(r"[\\$@%#]|^_|:(?=:)")  # what MONAI evaluates, looks up or takes for its own in a config
+ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
 
 RENAMED = {  # names of 0.6 -> where the value stands now; gone with 0.8
     "upkern_from": "init_weights",
@@ -41,6 +45,19 @@ OF_THE_WEIGHTS = (  # read from model.json by inference and scoring
 )
 
 logger = logging.getLogger("mednext")
+
+
+def plain_text(text: str) -> str:
+    r"""Spell text of a data set so that MONAI leaves it alone in a config: `$` becomes `\x24`, and so on.
+
+    `read_text` reads it again. Ordinary text stays as it is.
+    """
+    return SPECIAL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def read_text(text: str) -> str:
+    """Read what `plain_text` spelled."""
+    return ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
 
 
 def is_old_name(name: str) -> bool:

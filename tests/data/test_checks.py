@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,19 @@ def test_grids_may_differ_by_what_tools_leave_behind():
             check_same_grid("a", GRID, "b", far)
     with pytest.raises(UserError, match=r"a has \(2, 2, 2\) voxels but b has \(2, 2, 3\)"):
         check_same_grid("a", GRID, "b", Geometry((2, 2, 3), GRID.affine))
+
+
+@pytest.mark.parametrize(
+    ("edge", "other", "apart"),
+    [
+        (4.6e-6, 9.2e-6, True),
+        (4.6e-6, 4.60001e-6, False),
+        (1.0, 1.0009, False),
+        (1.0, 1.002, True),
+        (0.05, 0.0509, False),
+    ],
+)
+def test_nanometres_are_compared_as_nanometres(edge, other, apart):
+    one, two = (Geometry((9, 9, 9), np.diag([size] * 3 + [1.0])) for size in (edge, other))
+    with pytest.raises(UserError, match="lies elsewhere") if apart else nullcontext():
+        check_same_grid("a", one, "b", two)

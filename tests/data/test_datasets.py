@@ -13,6 +13,8 @@ from conftest import save
 from scripts.data.datasets import Dataset
 from scripts.data.folds import five_folds
 from scripts.data.scans import find_scans
+from scripts.planning.fingerprint import fingerprint_case
+from scripts.planning.integrity import unusable_splits
 from scripts.utils.errors import UserError
 
 
@@ -175,3 +177,102 @@ def test_dataset_json_is_parsed_once(phantom_dir, monkeypatch):
     assert (data.channels, data.labels.values, len(data.cases)) == (["phantom"], [0, 1, 2, 3], 5)
     assert data.training_cases(0) + data.validation_cases(0) + data.split("all")[0]
     assert opened.count("dataset.json") == 1
+
+
+SPLITS = {  # text of splits_final.json -> what is said
+    "[{": "is not valid JSON",
+    "": "is not valid JSON",
+    "\x00\x01": "is not valid JSON",
+    "[" * 100_000: "is not valid JSON",
+    '[{"train": ["\\ud800"], "val": []}]': "is not valid JSON",
+    "[]": "holds an empty list; expected a list of",
+    "{}": "holds a dict; expected a list of",
+    "null": "holds a NoneType",
+    '[["a", "b"]]': "has a list as fold 0; expected a list of",
+    '[{"train": ["a", "b"]}]': 'has nothing as "val" of fold 0',
+    '[{"train": "ab", "val": ["c"]}]': "has 'ab' as \"train\" of fold 0",
+    '[{"train": [1, 2], "val": ["c"]}]': r'has \[1, 2\] as "train" of fold 0',
+    '[{"train": [["a"]], "val": ["c"]}]': r"has \[\['a'\]\] as \"train\"",
+    '[{"train": [], "val": ["c"]}]': "trains fold 0 on no case",
+    '[{"train": ["a"], "val": ["c", "c"]}]': "holds out case c of fold 0 twice",
+    '[{"train": ["a.nii.gz"], "val": ["c"]}]': "names case a.nii.gz, which",
+}
+
+
+@pytest.mark.parametrize("text", SPLITS, ids=range(len(SPLITS)))
+def test_a_split_that_cannot_be_used_is_one_sentence(text, tmp_path):
+    data = Dataset(nnunet_folder(tmp_path))
+    (tmp_path / "splits_final.json").write_text(text)
+    with pytest.raises(UserError, match=f"splits_final.json {SPLITS[text]}"):
+        data.split(0)
+    assert [finding.file for finding in unusable_splits(data)] == ["splits_final.json"]
+
+
+def test_a_split_may_hold_out_none_and_say_more(tmp_path):
+    folder = nnunet_folder(tmp_path)
+    text = json.dumps([{"train": ["a", "a", "b"], "val": [], "seed": 3}])
+    (tmp_path / "splits_final.json").write_text("\ufeff" + text, encoding="utf-8")  # as some editors begin a file
+    assert [case["case"] for case in Dataset(folder).training_cases(0)] == ["a", "a", "b"]
+
+
+def decathlon_folder(tmp_path, training, **changes):
+    description = {
+        "modality": {"0": "T1", "1": "T2"}, "labels": {"0": "background", "1": "organ"}, "training": training, **changes
+    }  # fmt: skip
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    return str(tmp_path)
+
+
+def test_several_images_of_a_decathlon_case_are_its_channels(tmp_path):
+    listed = []
+    for name in "ab":
+        for channel in range(2):
+            save(tmp_path / f"imagesTr/{name}_{channel:04d}.nii.gz", np.full((4, 4, 4), channel, np.int16))
+        save(tmp_path / f"labelsTr/{name}.nii.gz", np.ones((4, 4, 4), np.uint8))
+        images = [f"imagesTr/{name}_{channel:04d}.nii.gz" for channel in range(2)]
+        listed.append({"image": images, "label": f"labelsTr/{name}.nii.gz"})
+    data = Dataset(decathlon_folder(tmp_path, listed))
+    assert [case["case"] for case in data.cases] == ["a", "b"]
+    record = fingerprint_case(data.cases[0], 2, data.labels)
+    assert [channel and channel["mean"] for channel in record["channels"]] == [None, 1.0]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["a.nii.gz", 7, None, {}, {"image": "a"}, {"image": 1, "label": "a"}, {"image": [], "label": "a"},
+     {"image": ["a", 1], "label": "a"}, {"image": "a", "label": ["a"]}, {"image": "", "label": "a"}],
+)  # fmt: skip
+def test_a_case_that_cannot_be_read_is_named_by_its_place(entry, tmp_path):
+    folder = decathlon_folder(tmp_path, [{"image": "a.nii", "label": "b.nii"}, entry])
+    with pytest.raises(UserError, match='as "training" case 1; expected'):
+        _ = Dataset(folder).listed_cases
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modality": {"first": "T1"}}, 'gives "modality"'),
+        ({"modality": {"0": "T1", "00": "T2"}}, "expected a name a channel"),
+        ({"modality": {"0": ["T1"]}}, "expected a name a channel"),
+        ({"modality": {}}, "expected a name a channel"),
+        ({"labels": {"0": "background", "1": ["organ"]}}, "expected a name for each value"),
+        ({"labels": {"²": "background", "1": "organ"}}, "expected an integer a name"),
+        ({"labels": {"9" * 5000: "background", "1": "organ"}}, "expected an integer a name"),
+        ({"labels": {"background": 0, "organ": 1, "ignore": [2, 3]}}, '"ignore" the value'),
+        ({"labels": {"background": 0, "organ": 1, "ignore": 10**9}}, '"ignore" the value'),
+        (
+            {"labels": {"background": 0, "a": [1, 2], "b": [2]}, "regions_class_order": [[1], 2]},
+            '"regions_class_order"',
+        ),
+    ],
+)
+def test_channels_and_labels_of_any_type_are_one_sentence(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Dataset(decathlon_folder(tmp_path, [], **changes))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"labels"', "{]", "[" * 100_000, '{"a": "\\ud800"}', "9" * 5000])
+def test_any_other_text_of_dataset_json_is_one_sentence(text, tmp_path):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset.json (holds a|is not valid JSON)"):
+        Dataset(tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import GRIDS, grid, save, save_without_spacing
 
-from scripts.data.images import Geometry, read_image
+from scripts.data.images import Geometry, read_image, tilt
 from scripts.utils.errors import UserError
 
 
@@ -108,3 +108,26 @@ def test_one_flipped_bit_is_noticed(tmp_path):
         except UserError:
             continue
     assert unnoticed == 0
+
+
+def turned(*degrees: float) -> np.ndarray:
+    """An affine of 1 x 2 x 3 mm voxels, turned about x, y and z."""
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    for axis, angle in enumerate(np.radians(degrees)):
+        one, other = [a for a in range(3) if a != axis]
+        turn = np.eye(4)
+        turn[one, one] = turn[other, other] = np.cos(angle)
+        turn[one, other], turn[other, one] = -np.sin(angle), np.sin(angle)
+        affine = turn @ affine
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [((0, 0, 0), 0), ((0, 0, 20), 20), ((50, 0, 0), 40), ((0, 90, 0), 0), ((0, -100, 180), 10), ((0, 0, 45), 45)],
+)
+def test_tilt_is_what_the_nearest_axes_leave(degrees, expected):
+    for unit in (1e-6, 1.0, 1e3):
+        affine = turned(*degrees) * np.array([unit] * 3 + [1.0])
+        assert tilt(affine) == pytest.approx(expected, abs=1e-4)
+    assert tilt(turned(*degrees)[:, [2, 0, 1, 3]] * [-1, 1, -1, 1]) == pytest.approx(expected, abs=1e-4)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.data.statistics import label_volumes, scan_measures
+from scripts.data.statistics import contrast, label_volumes, present_ranges, rounded, scan_measures
 
 
 def test_a_scan_has_spacing_and_extent_an_axis_and_contrast_a_channel():
-    assert scan_measures([3.0, 2.0, 1.5], [8, 12, 10], [0.5, -2.0]) == {
+    assert scan_measures([3.0, 2.0, 1.5], [8, 12, 10], [45.0, 120.0], 7.0) == {
         "spacing x (mm)": 3.0, "spacing y (mm)": 2.0, "spacing z (mm)": 1.5,
         "extent x (mm)": 24.0, "extent y (mm)": 24.0, "extent z (mm)": 15.0,
-        "contrast of channel 0 (std / mean)": 0.5, "contrast of channel 1 (std / mean)": -2.0,
+        "contrast of channel 0 (degrees)": 45.0, "contrast of channel 1 (degrees)": 120.0, "tilt (degrees)": 7.0,
     }  # fmt: skip
 
 
@@ -19,3 +19,35 @@ def test_volumes_are_in_millilitres():
     assert label_volumes({2: 500, 7: 0}, 1.5) == pytest.approx(
         {"volume of label 2 (ml)": 0.75, "volume of label 7 (ml)": 0.0}
     )
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "degrees"),
+    [(1.0, 1.0, 45.0), (300.0, 0.0, 0.0), (0.0, 5.0, 90.0), (-1.0, 1.0, 135.0), (-7.0, 0.0, 180.0), (0.0, 0.0, 0.0)],
+)
+def test_contrast_is_an_angle_of_any_unit(mean, deviation, degrees):
+    for unit in (1e-30, 1.0, 1e30):
+        assert contrast(mean * unit, deviation * unit) == pytest.approx(degrees)
+
+
+def test_contrast_of_ct_passes_smoothly_through_a_mean_of_zero():
+    around = [contrast(mean, 400.0) for mean in (-4.0, -0.4, 0.0, 0.4, 4.0)]  # Hounsfield units; std / mean: +-1000
+    assert max(around) - min(around) < 1.2
+    assert contrast(-400.0, 450.0) > contrast(624.0, 450.0) + 90  # the same CT, stored with 1024 added
+
+
+def test_ranges_of_earlier_weights_are_judged_as_before():
+    found = present_ranges({"contrast of channel 0 (std / mean)": [0.3643, 0.5125], "extent x (mm)": [31.0, 42.0]})
+    assert found == {
+        "contrast of channel 0 (degrees)": [contrast(1.0, 0.3643), contrast(1.0, 0.5125)], "extent x (mm)": [31.0, 42.0]
+    }  # fmt: skip
+    assert present_ranges({"contrast of channel 1 (std / mean)": [-30.0, 50.0]}) == {}  # a CT's: it said nothing
+    assert present_ranges(found) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.3642857, 0.3643), (1.0, 1.0), (173.37821, 173.3782), (4.6e-6, 4.6e-6), (1.23456789e-12, 1.23457e-12), (0, 0)],
+)
+def test_numbers_keep_four_decimals_or_six_digits(value, expected):
+    assert rounded(value) == pytest.approx(expected, rel=1e-12)

@@ -26,7 +26,7 @@ from scripts.utils.errors import UserError
 RANGES = {
     "spacing x (mm)": [1.0, 1.5],
     "extent x (mm)": [40.0, 60.0],
-    "contrast of channel 0 (std / mean)": [0.4, 0.6],
+    "contrast of channel 0 (degrees)": [20.0, 40.0],
     "volume of label 1 (ml)": [1.0, 3.0],
 }
 
@@ -36,7 +36,7 @@ RANGES = {
     [
         ("spacing x (mm)", [0.8, 1.87], [0.79, 1.9]),
         ("extent x (mm)", [32.0, 75.0], [31.9, 75.1]),
-        ("contrast of channel 0 (std / mean)", [0.301, 0.699], [0.29, 0.71, -0.5]),
+        ("contrast of channel 0 (degrees)", [10.1, 49.9], [9.0, 51.0, 150.0]),
         ("volume of label 1 (ml)", [0.5, 6.0], [0.0, 0.49, 6.1]),
     ],
 )
@@ -113,7 +113,8 @@ def test_a_scan_is_measured_on_its_own_grid_in_ras_order(tmp_path):
     assert found == pytest.approx({
         "spacing x (mm)": 3.0, "spacing y (mm)": 2.0, "spacing z (mm)": 1.5,
         "extent x (mm)": 24.0, "extent y (mm)": 24.0, "extent z (mm)": 15.0,
-        "contrast of channel 0 (std / mean)": kept.std() / kept.mean(),
+        "contrast of channel 0 (degrees)": np.degrees(np.arctan(kept.std() / kept.mean())),
+        "tilt (degrees)": 0.0,
     })  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def test_a_scan_is_measured_on_its_own_grid_in_ras_order(tmp_path):
 def test_a_scan_without_contrast_has_none(value):
     image = MetaTensor(torch.full((1, 4, 4, 4), value), affine=torch.eye(4))
     assert MeasureScand("image")({"image": image})["image"].meta["measured"][
-        "contrast of channel 0 (std / mean)"
+        "contrast of channel 0 (degrees)"
     ] == pytest.approx(0.0)
 
 
@@ -184,3 +185,32 @@ def test_real_scans_of_one_data_set_are_alike_and_another_s_are_not(tmp_path):
     assert out_of_range(image, hippocampus) == []
     other = {name: limits[1] for name, limits in brains.items()}
     assert any("extent" in said for said in out_of_range(other, hippocampus))
+
+
+@pytest.mark.parametrize(("degrees", "trained", "said"), [(29, 0, 0), (31, 0, 1), (40, 38, 0), (54, 38, 1)])
+def test_a_tilt_beyond_augmentation_and_training_is_said(degrees, trained, said):
+    for ranges in ({"tilt (degrees)": [0.0, trained]}, *([{}] if not trained else [])):
+        found = out_of_range({"tilt (degrees)": degrees}, ranges)
+        assert len(found) == said
+        assert all(f"it is tilted by {degrees} degrees off the patient's axes" in sentence for sentence in found)
+
+
+def test_a_tilted_header_is_measured_and_said_of_weights_without_ranges():
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor([[0.766, -0.643], [0.643, 0.766]])  # 40 degrees
+    image = MeasureScand("image")({"image": MetaTensor(torch.ones(1, 4, 4, 4), affine=turn)})["image"]
+    mask = MetaTensor(torch.zeros(1, 4, 4, 4), affine=turn, meta={"measured": image.meta["measured"]})
+    (said,) = CompareWithTrainingd("pred", None, [0, 1])({"pred": mask})["pred"].meta[UNLIKE]
+    assert said.startswith("it is tilted by 40 degrees off the patient's axes, beyond the 30 that augmentation shows")
+
+
+def test_ct_is_judged_by_more_than_its_unit():
+    rng = np.random.default_rng(0)
+    found = []
+    for shift in (0, 0, 1024):
+        voxels = np.where(rng.random((8, 8, 8)) < 0.5, -950.0, 60.0) + 30 * rng.standard_normal((8, 8, 8)) + shift
+        image = MetaTensor(torch.from_numpy(voxels[None].astype(np.float32)), affine=torch.eye(4))
+        found.append(
+            MeasureScand("image")({"image": image})["image"].meta["measured"]["contrast of channel 0 (degrees)"]
+        )
+    assert abs(found[0] - found[1]) < 5 < abs(found[0] - found[2])

@@ -90,10 +90,10 @@ def test_nothing_is_read_or_written_while_an_array_is_segmented(predictor, scans
 
 def test_settings_are_those_of_the_control_panel(trained, scans, predictor):
     scan = nib.load(scans / "oblique.nii.gz")
-    coarse = Predictor.load(trained / "model.pt", device="cpu", **{**COARSE, "spacing": [4.0, 4.0, 4.0]}, overlap=0.25)
+    coarse = Predictor.load(trained / "model.pt", device="cpu", **{**COARSE, "spacing": [2.5, 2.5, 2.5]}, overlap=0.25)
     assert coarse.inferer.overlap == 0.25
     case = coarse.from_memory({"image": in_memory(scan)})
-    np.testing.assert_allclose(case["image"].pixdim, 4, rtol=1e-6)
+    np.testing.assert_allclose(case["image"].pixdim, 2.5, rtol=1e-6)
     assert (coarse(scan) != predictor(scan)).any()
 
 

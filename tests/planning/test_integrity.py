@@ -36,6 +36,7 @@ def record(number: int, **changes) -> dict:
     [
         (integrity.duplicates, {"digest": "3"}, "has the voxels of imagesTr/case_3.nii.gz; remove one"),
         (integrity.orientations, {"orientation": "LPI"}, "is stored as LPI, 19 of 20 cases as RAS"),
+        (integrity.tilts, {"tilt": 40.0}, "is tilted by 40 degrees off the patient's axes, beyond the 30 that"),
         (integrity.without_foreground, {"labels": [115, 0, 0]}, "has no labelled voxel"),
         (integrity.spacings, {"spacing": [1.0, 1.0, 7.0]}, "has 1 x 1 x 7 mm voxels, the median case 1 x 1 x 2 mm"),
         (integrity.spacings, {"spacing": [0.1, 0.1, 0.2]}, "has 0.1 x 0.1 x 0.2 mm voxels"),  # cm for mm

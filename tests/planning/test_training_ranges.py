@@ -22,7 +22,7 @@ def records(data, tmp_path_factory) -> list[dict]:
 def test_ranges_hold_every_training_case_and_no_other(data, records):
     ranges = learn_training_ranges(records, data.training_cases(0), data.labels.values)
     assert {name.split(" (")[0] for name in ranges} == {
-        "spacing x", "spacing y", "spacing z", "extent x", "extent y", "extent z",
+        "spacing x", "spacing y", "spacing z", "extent x", "extent y", "extent z", "tilt",
         "contrast of channel 0", "volume of label 1", "volume of label 2", "volume of label 3",
     }  # fmt: skip
     assert all(low <= high for low, high in ranges.values())

@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import NormalizeIntensity
 
 from scripts.preprocessing.intensity import RINGING, CropNonzerod, Intensityd, schemes
+from scripts.preprocessing.resampling import GridSpacingd
 from scripts.utils.errors import UserError
 
 
@@ -123,3 +124,82 @@ def test_the_number_of_threads_changes_no_voxel(intensity):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+INVARIANT = ("zscore", "zscore_nonzero", "rescale_to_0_1")
+
+
+def formula(voxels: torch.Tensor, scheme: str) -> torch.Tensor:
+    """Normalise as version 0.7 did, whatever the magnitude: (1, *space), all of it inside."""
+    voxels = voxels.clone()
+    if scheme == "rescale_to_0_1":
+        voxels -= voxels.min()
+        return voxels / voxels.max().clamp_min(1e-8)
+    mean = voxels.mean(dtype=torch.float64)
+    deviation = (voxels - mean.float()).square_().mean(dtype=torch.float64).sqrt()
+    return (voxels - mean.float()) / (deviation + 1e-8).float()
+
+
+def whole(seed: int = 0) -> torch.Tensor:
+    """Values about 300, none of them 0."""
+    return 300 + 40 * torch.randn(1, 12, 10, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scheme", ["zscore", "rescale_to_0_1"])
+@pytest.mark.parametrize("factor", [1e-3, 0.01, 1.0, 7.0, 1000.0, -1.0, 1e9])  # down to a scan from 0 to 1
+def test_ordinary_scans_keep_every_bit(scheme, factor):
+    voxels = whole() * factor
+    assert torch.equal(normalised(voxels, scheme), formula(voxels, scheme))
+
+
+def test_ordinary_scans_keep_every_bit_within_a_mask():
+    voxels = image() / 100
+    found = Intensityd("image", "zscore_nonzero", "native")({"image": voxels})["image"]
+    inside = torch.zeros_like(voxels, dtype=torch.bool)
+    inside[:, 2:-2, 2:-2, 2:-2] = True
+    assert torch.equal(found[inside], formula(voxels[inside], "zscore"))
+
+
+@pytest.mark.parametrize("scheme", INVARIANT)
+@pytest.mark.parametrize("exponent", [-30, -21, -10, -7, -6, -5, -4, -3, -2, 2, 5, 10, 16, 18, 19, 25, 30])
+def test_the_unit_of_intensity_changes_nothing(scheme, exponent):
+    expected, found = normalised(image(), scheme), normalised(image() * 10.0**exponent, scheme)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", INVARIANT)
+def test_each_channel_has_a_unit_of_its_own(scheme):
+    expected = normalised(image(3), scheme)
+    units = torch.tensor([1e-28, 1.0, 1e28]).reshape(3, 1, 1, 1)
+    torch.testing.assert_close(normalised(image(3) * units, scheme), expected, rtol=0, atol=1e-5)
+
+
+def test_units_reach_through_the_resampling():
+    voxels = MetaTensor(whole(), affine=torch.eye(4))
+    found = []
+    for factor in (1.0, 1e-28, 1e28):
+        data = {"image": voxels * factor}
+        for step in (
+            Intensityd("image", "zscore", "native"),
+            GridSpacingd("image", [0.7, 1.3, 1.0], mode=3, padding_mode="nearest", scale_extent=True,
+                         align_corners=False, dtype="float32"),
+            Intensityd("image", "zscore", "resampled"),
+        ):  # fmt: skip
+            data = step(data)
+        found.append(data["image"].as_tensor())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", INVARIANT)
+@pytest.mark.parametrize("value", [0.0, 5.0, -3.0, 0.1, 1e-30, 1e-38, 1e-42, 1e18, 3e38])
+def test_a_constant_image_is_zero_in_every_unit(scheme, value):
+    assert not normalised(torch.full((1, 6, 5, 4), value), scheme).any()
+    noise = 1 + 1e-7 * torch.randn(1, 6, 5, 4, generator=torch.Generator().manual_seed(0))  # of an interpolation
+    assert scheme == "zscore_nonzero" or not normalised(value * noise, scheme).any()
+
+
+def test_what_float32_can_hold_does_not_overflow():
+    voxels = (3e38 * torch.linspace(-1, 1, 120)).reshape(1, 6, 5, 4)
+    assert normalised(voxels, "rescale_to_0_1").max() == 1
+    assert normalised(voxels, "zscore").isfinite().all()

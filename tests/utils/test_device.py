@@ -16,6 +16,7 @@ from scripts.utils.device import (
     local_device,
     set_cpu_defaults,
     start_distributed,
+    total_memory,
 )
 
 
@@ -107,3 +108,17 @@ def test_all_cores_compute_and_freed_memory_is_kept():
 
 def test_the_number_of_threads_that_was_asked_for_stays():
     assert settled(OMP_NUM_THREADS="1")[0] == "1"
+
+
+@pytest.mark.parametrize(
+    ("files", "bound"),
+    [({}, False), ({"memory.max": "max\n"}, False), ({"memory.max": "1000000\n"}, True),
+     ({"memory/memory.limit_in_bytes": "1000000\n"}, True), ({"memory/memory.limit_in_bytes": str(2**63)}, False)],
+)  # fmt: skip
+def test_memory_is_the_computers_or_the_containers_share(files, bound, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    everything = total_memory(tmp_path / "nothing")
+    assert everything > 1e8
+    assert total_memory(tmp_path) == (1e6 if bound else everything)
