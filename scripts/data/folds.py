@@ -11,6 +11,7 @@ import numpy as np
 from ..utils.errors import UserError
 
 FOLDS = 5
+SPLITS = "splits_final.json"
 
 Fold = dict[str, list[str]]  # {"train": names of cases, "val": names of cases}
 
@@ -25,7 +26,7 @@ def read_folds(folder: str | Path, names: Sequence[str]) -> list[Fold]:
     Raises:
         UserError: the file names a case that is not there, or holds out one that it trains on.
     """
-    path = Path(folder) / "splits_final.json"
+    path = Path(folder) / SPLITS
     if not path.is_file():
         return five_folds(names)
     found = json.loads(path.read_text())

@@ -29,7 +29,7 @@ class TestTrainingRun:
 
     def validate(self, run, epoch, dice):
         run.evaluator.state.epoch, run.evaluator.state.metrics = epoch, {"dice": dice}
-        run.save_weights(run.evaluator)
+        run.save_validated(run.evaluator)
 
     def test_only_better_weights_replace_the_best(self, tmp_path):
         run, _ = self.run_of(tmp_path)

@@ -87,10 +87,10 @@ SETTINGS = {
     "size": (("--size", "XL"), "size is 'XL'; expected one of S, B, M, L"),
     "kernel size": (("--kernel_size", 4), "kernel_size is 4; expected one of 3, 5, 7"),
     "patch size": (("--patch_size", "[40,32,32]"), r"patch_size is \[40, 32, 32\]; expected three multiples of 16"),
-    "spacing": (("--spacing", "[1,1,0]"), r"spacing is \[1, 1, 0\] mm; expected three positive"),
+    "spacing": (("--spacing", "[1,1,0]"), r"spacing is \[1, 1, 0\]; expected three positive"),
     "pretrained weights": (("--init_weights", "k3.pt"), "k3.pt not found; train first, or name another weights file"),
     "resume": (("--resume", "True"), "checkpoint.pt not found; nothing to resume"),
-    "switch": (("--fine_tuning#skip_heads", "false"), "fine_tuning#skip_heads is 'false'; expected True or False"),
+    "switch": (("--fine_tuning#skip_heads", "no"), "fine_tuning#skip_heads is 'no'; expected True or False"),
 }
 
 
