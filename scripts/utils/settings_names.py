@@ -140,7 +140,8 @@ def _of_monai() -> set[str]:
 
     tables = (properties.TrainProperties, properties.InferProperties, properties.MetaProperties)
     asked = {entry[BundlePropertyConfig.ID] for table in tables for entry in table.values()}
-    tracked = {name for tracking in DEFAULT_EXP_MGMT_SETTINGS.values() for name in tracking["configs"]}
+    trackings: Mapping[str, Any] = DEFAULT_EXP_MGMT_SETTINGS
+    tracked = {name for tracking in trackings.values() for name in tracking["configs"]}
     return {"imports", "initialize", "run", "finalize", *asked, *tracked}
 
 
