@@ -9,7 +9,6 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from pydoc import locate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
@@ -122,6 +121,8 @@ def _strangers(found: Any, known: Any, config: ConfigParser, place: str = "") ->
 
 def _arguments(component: dict, config: ConfigParser) -> Collection[str] | None:
     """List what a component's class or function takes; None where it takes any name, or cannot be asked."""
+    from pydoc import locate
+
     from monai.bundle import ConfigComponent
 
     try:
