@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import sys
 
 import numpy as np
@@ -14,7 +15,7 @@ from monai.bundle import ConfigParser
 
 from scripts.utils.errors import UserError
 from scripts.utils.settings import RENAMED, give, prepare
-from scripts.utils.settings_table import SETTINGS
+from scripts.utils.settings_table import SETTINGS, kind_of
 
 VALUES = {  # of settings that were renamed
     "upkern_from": "k3.pt",
@@ -261,3 +262,51 @@ def test_every_default_is_one_that_the_table_takes():
             value = config.get(name)
             if value is not None and not isinstance(value, dict) and not str(value).startswith(("$", "@")):
                 assert SETTINGS[name].of(value, name) == value
+
+
+COMMANDS = (["train"], ["train", "evaluate"], ["train", "pool"], ["inference"], ["plan"], ["fetch"])
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    3,
+    10**30,
+    float("nan"),
+    "",
+    "x",
+    "true",
+    "3",
+    [],
+    [[]],
+    [1, 2, 3],
+    {},
+    {"a": 1},
+    (),
+    b"",
+]
+
+
+def test_any_value_of_any_setting_is_read_or_refused_in_one_sentence(shipped):
+    rng, refused = random.Random(0), 0
+    for _ in range(600):
+        names, name, value = rng.choice(COMMANDS), rng.choice(list(SETTINGS)), rng.choice(ODD)
+        if rng.random() < 0.2:
+            at = rng.randrange(len(name))
+            name = name[:at] + rng.choice("aex_") + name[at:]
+        config = ConfigParser()
+        config.read_config([str(ROOT / f"configs/{file}.json") for file in names])
+        try:
+            give(
+                config,
+                {"model_file": str(shipped / "model.pt"), name: value} if "inference" in names else {name: value},
+            )
+            prepare(config)
+        except UserError as e:
+            assert "\n" not in str(e)  # noqa: PT017
+            refused += 1
+            continue
+        if name in SETTINGS and config[name] is not None:
+            kind_of(name, planning="plan" in names).of(config[name], name)
+    assert 300 < refused < 600
