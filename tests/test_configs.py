@@ -221,7 +221,7 @@ SETTINGS = {  # a section of docs/reference/settings.md -> its configuration, an
     "configs/evaluate.json": (["train", "evaluate"], "model"),
     "configs/inference.json": (["inference"], "model"),
     "configs/plan.json": (["plan"], "initialize"),
-    "configs/fetch.json": (["fetch"], "fetching"),
+    "configs/fetch.json": (["fetch"], "initialize"),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..utils.errors import UserError
 from ..utils.files import read_json
-from .folds import Fold, read_folds
+from .folds import SPLITS, Fold, read_folds
 from .images import ENDINGS
 from .labels import Labels
 from .scans import CHANNEL, image_files, list_scans, stem
@@ -84,12 +84,32 @@ class Dataset:
         return training, held_out
 
     def training_cases(self, fold: int | str) -> list[dict]:
-        """Return the cases that `fold` trains on."""
-        return self.split(fold)[0]
+        """Return the cases that `fold` trains on.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not (found := self.split(fold)[0]):
+            raise UserError(
+                f"{self.folder / SPLITS} trains fold {fold} on no case; correct the split, or give --fold all."
+            )
+        return found
 
     def validation_cases(self, fold: int | str) -> list[dict]:
-        """Return the cases that `fold` holds out."""
+        """Return the cases that `fold` holds out; there may be none."""
         return self.split(fold)[1]
+
+    def scored_cases(self, fold: int | str) -> list[dict]:
+        """Return the cases that `fold` holds out, which are to be scored.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not (found := self.validation_cases(fold)):
+            raise UserError(
+                f"{self.folder / SPLITS} holds out no case in fold {fold}; give another --fold, or --fold all."
+            )
+        return found
 
     def _decathlon_cases(self) -> list[dict]:
         listed = self.description.get("training")

@@ -13,6 +13,7 @@ from ..utils.files import read_json
 
 FOLDS = 5
 EXPECTED = 'a list of {"train": [names of cases], "val": [names of cases]}, one a fold'
+SPLITS = "splits_final.json"
 
 Fold = dict[str, list[str]]  # {"train": names of cases, "val": names of cases}
 
@@ -28,7 +29,7 @@ def read_folds(folder: str | Path, names: Sequence[str]) -> list[Fold]:
         UserError: the file is no list of folds, names a case that is not there, holds out one twice or one that it
             trains on, or trains on none.
     """
-    path = Path(folder) / "splits_final.json"
+    path = Path(folder) / SPLITS
     if not path.is_file():
         return five_folds(names)
     found = read_json(path)

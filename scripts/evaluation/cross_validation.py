@@ -15,9 +15,9 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from ..data.datasets import Dataset
-from ..data.folds import Fold
+from ..data.folds import SPLITS, Fold
 from ..utils.errors import UserError
-from ..utils.settings import accept_old_names
+from ..utils.settings import give, prepare
 from ..weights.checkpoints import load_checkpoint
 from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
 from .tables import with_nan, write_tables
@@ -62,15 +62,14 @@ def cross_validate(
     wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
     if unknown := [fold for fold in wanted if fold not in existing]:
         raise UserError(f"{dataset_dir} has no fold {unknown[0]}; expected 0 to {existing[-1]}.")
-    config = _config(files, values)
+    config = _config(files, _of_fold(wanted[0], values))
     fingerprints = {
         "checks#fingerprint#fingerprint_file": f"{output_dir}/checked.json"
     }  # all folds read the same files
     for fold in wanted:
         weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
-        own = {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in values.items()}
         folders = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores}
-        _run_fold(fold, files, config, {**folders, **fingerprints, **own})
+        _run_fold(fold, files, config, {**folders, **fingerprints, **_of_fold(fold, values)})
     missing = [fold for fold in existing if not Path(output_dir, f"fold_{fold}", "summary.json").is_file()]
     if missing:
         print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
@@ -79,6 +78,11 @@ def cross_validate(
     _run("pooling", [*files, _found("configs/pool.json")], common)
     for fold in existing:
         shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
+
+
+def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the number of a fold where the settings have `{fold}`."""
+    return {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def _run_fold(fold: int, files: Sequence[str], config: ConfigParser, values: Mapping[str, Any]) -> None:
@@ -99,10 +103,12 @@ def checked_folds(data: Dataset) -> list[Fold]:
     """Return the folds of a data set, each of whose cases is held out once.
 
     Raises:
-        UserError: a case is held out by two folds, or by none.
+        UserError: a case is held out by two folds, or by none; a fold trains on nothing, or holds nothing out.
     """
     held_out = Counter(name for fold in data.folds for name in fold["val"])
-    path = data.folder / "splits_final.json"
+    path = data.folder / SPLITS
+    if empty := [number for number, fold in enumerate(data.folds) if not (fold["val"] and fold["train"])]:
+        raise UserError(f"{path} leaves fold {empty[0]} without cases to train on or to hold out; correct the split.")
     if twice := [name for name, count in held_out.items() if count > 1]:
         raise UserError(f"{path} holds out case {twice[0]} in {held_out[twice[0]]} folds; let each be in one.")
     if never := sorted({case["case"] for case in data.cases} - set(held_out)):
@@ -119,8 +125,8 @@ def _config(files: Sequence[str], values: Mapping[str, Any]) -> ConfigParser:
     """Read what a training is told, with the settings of the command line."""
     config = ConfigParser()
     config.read_config(list(files))
-    config.update(dict(values))
-    accept_old_names(config)
+    give(config, values)
+    prepare(config)
     return config
 
 

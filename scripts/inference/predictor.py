@@ -21,7 +21,7 @@ from ..data.scans import find_scans
 from ..preprocessing.loading import as_scan
 from ..utils.device import amp_kwargs
 from ..utils.errors import UserError, first_cause
-from ..utils.settings import accept_old_names, is_old_name
+from ..utils.settings import give, prepare
 from ..weights import checkpoints
 from ..weights.model_settings import BUNDLE_ROOT
 from .engines import ScanDataset
@@ -62,7 +62,7 @@ class Predictor:
             settings: values for names of `configs/inference.json`, for example `overlap=0.75`.
 
         Raises:
-            UserError: the weights are missing or another network's, or a name is not in the config.
+            UserError: the weights are missing or another network's, a name is no setting, or a value cannot be.
         """
         path = Path(BUNDLE_ROOT) / "configs/inference.json"
         if not path.is_file():
@@ -70,11 +70,9 @@ class Predictor:
         config = ConfigParser()
         config.read_config(str(path))
         given = {"model_file": weights and str(weights), "device": device and str(device)}
-        for name, value in {**settings, **{name: value for name, value in given.items() if value}}.items():
-            if name.split("#")[0] not in config and not is_old_name(name):
-                raise UserError(f"{path} has no setting {name}; give one of its names.")
-            config[name] = value
-        accept_old_names(config)
+        give(config, {**settings, **{name: value for name, value in given.items() if value}})
+        with _unwrapped():
+            prepare(config)
         return cls(config)
 
     def __call__(self, image: str | Path | Image, affine: np.ndarray | None = None) -> np.ndarray:

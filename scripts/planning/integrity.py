@@ -274,15 +274,24 @@ def warn_of_small_scans(records: Sequence[dict], patch_size: Sequence[int], spac
     voxels = np.array(extents) / np.array(spacing)
     share = np.prod(np.minimum(voxels, patch_size), axis=1) / np.prod(patch_size)
     if len(share) and np.median(share) < 0.5:
+        smaller = _fitting_patch(np.median(voxels, axis=0), patch_size)
         logger.warning(
-            "scans fill only %.0f %% of the %s patch (median extent %s voxels at %s mm); the rest is padding:"
-            ' consider a smaller --patch_size, for example "%s".',
+            "scans fill only %.0f %% of the %s patch (median extent %s voxels at %s mm); the rest is padding%s.",
             100 * np.median(share),
             list(patch_size),
             np.median(voxels, axis=0).round().astype(int).tolist(),
             list(spacing),
-            (np.maximum(np.ceil(np.median(voxels, axis=0) / 16), 1).astype(int) * 16).tolist(),
+            "" if smaller == list(patch_size) else f': consider a smaller --patch_size, for example "{smaller}"',
         )
+
+
+def _fitting_patch(extent: Sequence[float], patch_size: Sequence[int]) -> list[int]:
+    """Return the smallest patch that holds `extent` voxels, and that is no larger than `patch_size` on any axis."""
+    found = np.minimum(np.maximum(np.ceil(np.array(extent) / 16), 1).astype(int) * 16, patch_size)
+    if found.max() < 32:  # the coarsest level needs two voxels on one axis
+        longest = int(np.argmax(patch_size))
+        found[longest] = min(32, patch_size[longest])
+    return found.tolist()
 
 
 def _mm(spacing: Sequence[float]) -> str:

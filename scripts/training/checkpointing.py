@@ -31,6 +31,8 @@ class TrainingRun:
     first sets aside what an earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or
     not at all.
 
+    Where no case is held out, or no held-out case can be scored, the last weights are kept, with a sentence.
+
     Args:
         folder: where to keep things.
         network: the network, not wrapped for distribution.
@@ -66,6 +68,7 @@ class TrainingRun:
         self.checkpoint = self.folder / "training" / "checkpoint.pt"
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.best_metric, self.best_epoch = float("-inf"), 0
+        self.held_out = True  # whether there are cases to validate on
         self.state: dict[str, Any] | None = None
         if resume:
             if not self.checkpoint.is_file():
@@ -75,7 +78,14 @@ class TrainingRun:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
-        self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.save_weights)
+        loader: Any = getattr(self.evaluator, "data_loader", None)  # whose part of the cases may be empty on a process
+        cases = getattr(loader, "dataset", None)
+        self.held_out = cases is None or len(cases) > 0
+        if self.held_out:
+            self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.save_validated)
+        else:
+            logger.warning("no case is held out: nothing is validated, and the last weights are kept.")
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_last)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
 
     def start(self, engine: SupervisedTrainer) -> None:
@@ -136,17 +146,27 @@ class TrainingRun:
         }
         save_checkpoint(state, self.checkpoint)
 
-    def save_weights(self, evaluator: Engine) -> None:
-        """Save the weights that were validated, if they are those to keep, with their settings."""
+    def save_last(self, engine: Engine) -> None:
+        """Save the weights of this epoch, which nothing has validated."""
+        self.best_epoch = engine.state.epoch
+        self._save_weights({"epoch": self.best_epoch})
+
+    def save_validated(self, evaluator: Engine) -> None:
+        """Save the weights that were validated, if they are those to keep."""
         validated: Any = evaluator.state  # MONAI's, with more attributes than Ignite's
         name = validated.key_metric_name
         metric = float(validated.metrics[name])
-        if self.checkpoint_selection == "best" and not metric > self.best_metric and self.best_epoch:
+        chosen = self.checkpoint_selection == "best" and self.best_metric > float("-inf")
+        if chosen and not metric > self.best_metric:
             return
-        self.best_metric = metric if metric == metric else float("-inf")  # nan: no validation case has foreground
+        if metric != metric and self.checkpoint_selection == "best" and not self.best_epoch:
+            logger.warning("no held-out case has foreground: the last weights are kept until one can be scored.")
+        self.best_metric = metric if metric == metric else float("-inf")
         self.best_epoch = validated.epoch
+        self._save_weights({"epoch": self.best_epoch, name: round(metric, 4)})
+
+    def _save_weights(self, found: dict[str, Any]) -> None:
+        """Save the weights with their settings, and what was found of them."""
         if self.writes:
             save_checkpoint(self.network.state_dict(), self.weights)
-            model_settings.write_model_settings(
-                self.weights, {**self.settings, "epoch": self.best_epoch, name: round(metric, 4)}
-            )
+            model_settings.write_model_settings(self.weights, {**self.settings, **found})

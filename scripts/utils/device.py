@@ -108,6 +108,12 @@ def start_distributed() -> None:
         torch.cuda.set_device(local_device())
 
 
+def devices_here() -> list[str]:
+    """List the devices that torch can compute on here: cpu, and cuda:0, cuda:1, mps:0 and the like where there are."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu", *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()) if found is not None)]
+
+
 def local_device() -> torch.device:
     """Return this process's GPU, by torchrun's LOCAL_RANK, or the CPU where there is none."""
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

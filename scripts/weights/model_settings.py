@@ -7,11 +7,15 @@ network is never built with other sizes, spacing or labels than those it was tra
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.files import write_whole
+from ..utils.settings_table import MODEL
 
 BUNDLE_ROOT = str(Path(__file__).resolve().parents[2])
 RENAMED = {"scored": "eval_classes", "familiar": "training_ranges"}  # names in files of 0.6 -> now
@@ -82,7 +86,7 @@ def read_model_settings(weights: str | Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, or lists in lists without an end
         raise UserError(f"{path} is not valid JSON ({e}); restore it or delete it to use the defaults.") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected settings by name: restore or delete it.")
@@ -97,11 +101,56 @@ def load_model_settings(weights: str | Path, **overrides) -> ModelSettings:
         overrides: values that count more than what is written.
 
     Raises:
-        UserError: as `read_model_settings`.
+        UserError: as `read_model_settings`; a value that its setting cannot have, or that contradicts another; an
+            override that is none of the settings.
     """
-    found = {**read_model_settings(weights), **overrides}
-    known = {field.name for field in fields(ModelSettings)}
-    return ModelSettings(**{name: value for name, value in found.items() if name in known})
+    path, known = settings_file(weights), {field.name for field in fields(ModelSettings)}
+    written = {name: value for name, value in read_model_settings(weights).items() if name in known}
+    found = {
+        name: _read(name, value, f"{path}: {name}", "correct or restore the file") for name, value in written.items()
+    }
+    if wrong := next(_contradictions(ModelSettings(**found), found), None):
+        raise UserError(f"{path}: {wrong}; correct or restore the file.")
+    for name, value in overrides.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1) or sorted(known)
+            raise UserError(f"model#{name} is no setting of weights; did you mean {' or '.join(near)}?")
+        if value is not None:
+            found[name] = _read(name, value, f"model#{name}")
+    return ModelSettings(**found)
+
+
+def _read(name: str, value: object, called: str, fix: str = "") -> Any:
+    """Read a value by the table of settings; that of a file, which comes with a `fix`, has to have the right type."""
+    found = MODEL[name].of(value, called, fix)
+    if fix and found != value:
+        raise MODEL[name].refusal(value, called, fix)
+    return found
+
+
+def _contradictions(model: ModelSettings, written: Container[str]) -> Iterator[str]:
+    """Say what cannot be true at once, of the settings that are written down."""
+    if model.labels is not None and len(model.labels) != model.out_channels:
+        yield f"labels has {len(model.labels)} names, out_channels is {model.out_channels}"
+    values = model.label_values
+    if values is not None and (values != sorted(set(values)) or values[:1] != [0] or len(values) < 2):
+        yield f"label_values is {values}; expected 0 and at least one more, ascending"
+    if (model.regions is None) != (model.regions_class_order is None):
+        yield "regions and regions_class_order belong together; one of them is missing"
+    if model.regions is None and values is not None and len(values) != model.out_channels:
+        yield f"label_values has {len(values)} values, out_channels is {model.out_channels}"
+    if (
+        model.regions is not None
+        and not len(model.regions) == len(model.regions_class_order or ()) == model.out_channels
+    ):
+        yield f"regions has {len(model.regions)} names, out_channels is {model.out_channels}"
+    groups = [*(model.regions or {}).values(), *(model.eval_classes or {}).values(), model.regions_class_order or []]
+    if values is not None and (foreign := {value for group in groups for value in group} - set(values)):
+        yield f"regions or eval_classes name the label value {min(foreign)}, which label_values has not"
+    if isinstance(model.intensity, list) and len(model.intensity) != model.in_channels:
+        yield f"intensity has {len(model.intensity)} schemes, in_channels is {model.in_channels}"
+    if "patch_size" in written and (model.dim == "2d") != (model.patch_size[2] == 1):
+        yield f"patch_size is {list(model.patch_size)}, dim is {model.dim}"
 
 
 def write_model_settings(weights: str | Path, settings: dict) -> None:

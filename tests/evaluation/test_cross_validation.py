@@ -109,7 +109,7 @@ def test_every_fold_gets_its_number_and_folders_of_its_own(started, phantom_dir,
 
 def test_the_first_fold_that_fails_ends_the_command(started, phantom_dir, tmp_path):
     with pytest.raises(UserError, match="training failed, as said above; mend it and start the same command again"):
-        cross_validate(str(phantom_dir), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), recipe="fail")
+        cross_validate(str(phantom_dir), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), init_weights="fail")
     assert len(started) == 1
 
 

@@ -166,7 +166,7 @@ class TestBadInput:
             Predictor.load(tmp_path / "model.pt")
         with pytest.raises(UserError, match="4 classes, but the network is .* 2 classes"):
             Predictor.load(trained / "model.pt", out_channels=2)
-        with pytest.raises(UserError, match=r"inference.json has no setting overlaps; give one of its names"):
+        with pytest.raises(UserError, match="--overlaps is no setting; did you mean --overlap"):
             Predictor.load(trained / "model.pt", overlaps=0.25)
         (tmp_path / "model.json").write_text("{")
         with pytest.raises(UserError, match="model.json is not valid JSON"):

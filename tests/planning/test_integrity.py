@@ -15,6 +15,7 @@ from conftest import bundle
 from scripts.data.datasets import Dataset
 from scripts.planning import integrity
 from scripts.planning.fingerprint_file import fingerprint_cases
+from scripts.utils.settings_table import kind_of
 
 
 def record(number: int, **changes) -> dict:
@@ -148,3 +149,28 @@ def test_training_warns_of_what_checking_finds(phantom_dir, tmp_path, caplog, mo
         caplog.clear()
         integrity.check_cases(records, [32] * 3, [1.0] * 3)
         assert not any("has the voxels of" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "advice"),
+    [
+        ([33, 33, 33], [48, 48, 48], None),  # the patch that would be advised
+        ([40, 30, 30], [64, 64, 64], [48, 32, 32]),
+        ([10, 10, 10], [64, 64, 64], [32, 16, 16]),
+        ([10, 10, 10], [32, 16, 16], None),
+        ([60, 10, 10], [32, 32, 32], [32, 16, 16]),
+        ([100, 100, 1], [512, 512, 1], [112, 112, 1]),
+        ([10, 10, 5], [32, 32, 1], [32, 16, 1]),
+        ([64, 64, 64], [64, 64, 64], ""),  # nothing is padded
+    ],
+)
+def test_a_smaller_patch_is_advised_only_where_there_is_one(shape, patch, advice, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+    integrity.warn_of_small_scans([{"shape": shape, "spacing": [1.0] * 3}], patch, [1.0] * 3)
+    if advice == "":
+        assert not caplog.messages
+    elif advice is None:
+        assert caplog.messages[0].endswith("the rest is padding.")
+    else:
+        assert caplog.messages[0].endswith(f'padding: consider a smaller --patch_size, for example "{advice}".')
+        kind_of("patch_size").of(advice, "patch_size")

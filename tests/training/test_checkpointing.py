@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ignite.engine import Engine
 
 from scripts.training.checkpointing import TrainingRun
 from scripts.training.optim import polynomial
@@ -29,7 +31,7 @@ class TestTrainingRun:
 
     def validate(self, run, epoch, dice):
         run.evaluator.state.epoch, run.evaluator.state.metrics = epoch, {"dice": dice}
-        run.save_weights(run.evaluator)
+        run.save_validated(run.evaluator)
 
     def test_only_better_weights_replace_the_best(self, tmp_path):
         run, _ = self.run_of(tmp_path)
@@ -55,6 +57,31 @@ class TestTrainingRun:
         assert (tmp_path / "model.pt").is_file()
         self.validate(run, 2, 0.1)
         assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 2
+
+    def test_the_last_weights_are_kept_while_no_case_can_be_scored(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+        run, _ = self.run_of(tmp_path)
+        for epoch in (1, 2, 3):
+            torch.nn.init.constant_(run.network.weight, epoch)
+            self.validate(run, epoch, float("nan"))
+        assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 3
+        assert caplog.messages == [
+            "no held-out case has foreground: the last weights are kept until one can be scored."
+        ]
+
+    @pytest.mark.parametrize("selection", ["best", "last"])
+    def test_the_last_weights_are_kept_where_no_case_is_held_out(self, selection, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+        run, _ = self.run_of(tmp_path, selection=selection)
+        run.evaluator = Engine(lambda *_: None)
+        run.evaluator.data_loader = SimpleNamespace(dataset=[])
+        trainer = Engine(lambda engine, _: torch.nn.init.constant_(run.network.weight, engine.state.epoch))
+        trainer.scaler = None
+        run.attach(trainer)
+        trainer.run([0], max_epochs=3)
+        assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 3
+        assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 3}
+        assert caplog.messages == ["no case is held out: nothing is validated, and the last weights are kept."]
 
     def test_a_resumed_run_has_everything_back(self, tmp_path):
         run, trainer = self.run_of(tmp_path)

@@ -87,10 +87,16 @@ SETTINGS = {
     "size": (("--size", "XL"), "size is 'XL'; expected one of S, B, M, L"),
     "kernel size": (("--kernel_size", 4), "kernel_size is 4; expected one of 3, 5, 7"),
     "patch size": (("--patch_size", "[40,32,32]"), r"patch_size is \[40, 32, 32\]; expected three multiples of 16"),
-    "spacing": (("--spacing", "[1,1,0]"), r"spacing is \[1, 1, 0\] mm; expected three positive"),
+    "spacing": (("--spacing", "[1,1,0]"), r"spacing is \[1, 1, 0\]; expected three positive"),
+    "typo": (("--epoch", 1), "--epoch is no setting; did you mean --epochs"),
+    "inner typo": (("--train#trainer#max_epoch", 1), "is no setting; did you mean --train#trainer#max_epochs"),
+    "nothing to do": (("--epochs", 0), "epochs is 0; expected an integer from 1 on"),
+    "no steps": (("--iterations", 0), "iterations is 0; expected an integer from 1 on"),
+    "device": (("--device", "cuda:77"), "device is 'cuda:77'; expected one of cpu.*, which this computer has"),
+    "patch of one number": (("--patch_size", 32), r"patch_size is 32; expected three multiples .* \"\[48,64,48\]\""),
     "pretrained weights": (("--init_weights", "k3.pt"), "k3.pt not found; train first, or name another weights file"),
     "resume": (("--resume", "True"), "checkpoint.pt not found; nothing to resume"),
-    "switch": (("--fine_tuning#skip_heads", "false"), "fine_tuning#skip_heads is 'false'; expected True or False"),
+    "switch": (("--fine_tuning#skip_heads", "no"), "fine_tuning#skip_heads is 'no'; expected True or False"),
 }
 
 
@@ -187,3 +193,56 @@ def test_weights_are_not_scored_on_data_of_other_labels(trained, phantom_dir, tm
         "the weights were trained for the labels ['background', 'low', 'middle', 'high'], the data set has"
         in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("inference", ("--tta", "no"), "tta is 'no'; expected True or False"),
+        ("inference", ("--overlap", 50), "overlap is 50; expected a part of the window"),
+        ("inference", ("--device", "mps:9"), "device is 'mps:9'; expected one of cpu"),
+        ("inference", ("--save_probabilities", "True"), "--save_probabilities is no setting"),
+        ("inference", ("--dataset_dir", 2024), "2024 does not exist"),
+        ("planning", ("--spacing", "mean"), "spacing is 'mean'; expected three positive lengths .* or median"),
+        ("checking", ("--dataset_dir", 2024), "dataset_dir 2024 does not exist"),
+        ("fetching", ("--tsk", 4), "--tsk is no setting; did you mean --task"),
+        ("fetching", ("--task", 4), "task is '4'; expected one of Task"),
+    ],
+)
+def test_every_command_checks_its_settings(command, arguments, message, tmp_path):
+    config = {"inference": "inference", "fetching": "fetch"}.get(command, "plan")
+    said = () if command == "fetching" else ("--output_dir", tmp_path)
+    name = () if command == "inference" else (command,)
+    done = bundle(*name, "--config_file", f"configs/{config}.json", *said, *arguments, fails=True)
+    assert "Traceback" not in done.stderr
+    assert re.search(f"error: .*{message}", done.stderr)
+
+
+class TestSplits:
+    """A fold without cases on one side."""
+
+    @pytest.fixture
+    def data(self, phantom_dir, tmp_path) -> Path:
+        shutil.copytree(phantom_dir, tmp_path / "data")
+        return tmp_path / "data"
+
+    def split(self, data: Path, train: list[int], val: list[int]) -> None:
+        fold = {part: [f"phantom_0{n}" for n in numbers] for part, numbers in (("train", train), ("val", val))}
+        (data / "splits_final.json").write_text(json.dumps([fold]))
+
+    def test_without_held_out_cases_the_last_weights_are_kept_and_it_is_said(self, data, tmp_path):
+        self.split(data, [0, 1, 2, 3, 4], [])
+        common = ("--dataset_dir", data, "--ckpt_dir", tmp_path, "--output_dir", tmp_path, *TINY)
+        done = bundle("training", *overlays("train"), *common, "--iterations", 1, "--epochs", 2)
+        assert "no case is held out: nothing is validated, and the last weights are kept" in done.stdout + done.stderr
+        kept = torch.load(tmp_path / "model.pt", weights_only=True)
+        last = torch.load(tmp_path / "training/checkpoint.pt", weights_only=False)["model"]
+        assert all(torch.equal(kept[name], last[name]) for name in last)
+        assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 2
+        done = bundle("evaluating", *overlays("train", "evaluate"), *common, fails=True)
+        assert "Traceback" not in done.stderr
+        assert "splits_final.json holds out no case in fold 0; give another --fold, or --fold all." in done.stderr
+
+    def test_without_training_cases_nothing_starts(self, data, models):
+        self.split(data, [], [0, 1, 2, 3, 4])
+        assert "splits_final.json trains fold 0 on no case" in train(data, models)

@@ -99,14 +99,14 @@ class TestTraining:
         done = bundle(
             "training", *overlays("train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
             "--output_dir", tmp_path, "--epochs", 1, *TINY, *COARSE,
-            "--kernel_size", 5, "--init_weights", trained / "model.pt", "--learning_rate", 0,
+            "--kernel_size", 5, "--init_weights", trained / "model.pt", "--learning_rate", 1e-30,
         )  # fmt: skip
         assert "model.pt: 210 tensors copied, 26 resized from kernel 3 to 5\n" in done.stdout
         small, large = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained, tmp_path))
-        for key, value in small.items():  # a learning rate of 0 leaves everything as it started
+        for key, value in small.items():  # so slowly that everything stays as it started
             if value.shape != large[key].shape:
                 value = torch.nn.functional.interpolate(value, size=(5, 5, 5), mode="trilinear")
-            assert torch.equal(large[key], value), key
+            assert torch.allclose(large[key], value, rtol=0, atol=1e-25), key
 
     def test_without_deep_supervision_it_trains_and_says_so_to_inference(self, phantom_dir, tmp_path):
         bundle(
