@@ -77,9 +77,10 @@ class LabelWriter(NibabelWriter):
         self.scan: str | None = None
 
     def set_metadata(self, meta_dict: Mapping | None = None, resample: bool = False, **options) -> None:
-        """Remember the scan's file besides what MONAI does."""
-        self.scan = (meta_dict or {}).get("filename_or_obj")
-        super().set_metadata(meta_dict, resample, **options)
+        """Take the scan's file and place from its metadata; a mask is never resampled here."""
+        found = meta_dict or {}
+        self.scan = found.get("filename_or_obj")
+        self.affine = convert_data_type(found.get("affine", np.eye(4)), np.ndarray)[0]
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
         """Write the mask whole or not at all."""

@@ -61,7 +61,7 @@ KINDS = (
 def test_a_mask_lies_on_its_scan_for_nibabel_and_for_itk(kind, tmp_path):
     scan = scan_of(kind, tmp_path / "scan.nii.gz")
     loaded = load_scan(tmp_path / "scan.nii.gz", "a.b c")
-    labels = MetaTensor(torch.zeros(1, *scan.shape[:3], dtype=torch.uint8), meta=loaded.meta)
+    labels = MetaTensor(torch.zeros(1, *scan.shape[:3], dtype=torch.uint8), affine=loaded.affine, meta=loaded.meta)
     labels[0, 1, 2, 0] = 7
     options = {"output_dtype": None, "resample": False, "print_log": False, "output_name_formatter": mask_name}
     SaveImaged("pred", folder_layout=MaskLayout(str(tmp_path / "masks")), writer=LabelWriter, **options)(
