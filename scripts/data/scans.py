@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from ..utils.errors import UserError
 from .images import ENDINGS
 
+OTHER_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".hdr", ".mgz", ".mgh", ".mnc", ".dcm")  # images, not read
+MASK = "_seg"  # what stands behind a case's id in the name of its mask
 CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's case_0000.nii.gz
+
+
+logger = logging.getLogger("mednext")
 
 
 def image_files(case: dict) -> list[str]:
@@ -17,18 +23,29 @@ def image_files(case: dict) -> list[str]:
 
 
 def list_scans(folder: Path) -> list[Path]:
-    """List the NIfTI files of a folder, sorted; none where there is no such folder."""
-    return sorted(path for path in folder.iterdir() if _is_scan(path)) if folder.is_dir() else []
+    """List the NIfTI files of a folder, sorted; none where there is no such folder.
+
+    A mask that an earlier run has laid beside its scan is none. What looks like an image and is left out is logged.
+    """
+    if not folder.is_dir():
+        return []
+    images = sorted(path for path in folder.iterdir() if path.name.lower().endswith((*ENDINGS, *OTHER_ENDINGS)))
+    candidates = [path for path in images if _is_scan(path)]
+    stems = {stem(path) for path in candidates}
+    scans = [path for path in candidates if stem(path).removesuffix(MASK) not in stems - {stem(path)}]
+    if left_out := [path.name for path in images if path not in scans]:
+        logger.warning("left out of %s as masks, hidden, broken or no NIfTI files: %s", folder, ", ".join(left_out))
+    return scans
 
 
 def _is_scan(path: Path) -> bool:
-    return path.is_file() and path.name.endswith(ENDINGS) and not path.name.startswith((".", "_"))
+    return path.is_file() and path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
 
 
 def stem(path: Path) -> str:
     """Strip the ending from a file's name."""
     for ending in ENDINGS:
-        if path.name.endswith(ending):
+        if path.name.lower().endswith(ending):
             return path.name[: -len(ending)]
     return path.stem
 
@@ -61,7 +78,7 @@ def find_scans(dataset_dir: str, channels: int = 1) -> list[dict]:
 
 
 def _files_of_one(path: Path, channels: int) -> list[Path]:
-    if not path.name.endswith(ENDINGS):
+    if not path.name.lower().endswith(ENDINGS):
         raise UserError(f"{path} is not a NIfTI file by its name; expected {' or '.join(ENDINGS)}.")
     if channels == 1:
         return [path]

@@ -132,7 +132,8 @@ class CaseScores:
             spacing = reference.affine[:3, :3].norm(dim=0).tolist()
             masks = prediction.as_tensor().cpu(), reference.as_tensor().cpu()
             rows = score_case(*masks, spacing, self.classes, self.tolerance, self.ignore)
-            self.rows += [{"case": batch["case"], **row} for row in rows]
+            case = batch.get("case", prediction.meta.get("case"))  # a host may give an image and a label alone
+            self.rows += [{"case": case, **row} for row in rows]
 
     def write(self, engine: Engine) -> None:
         """Write the tables of all cases, those of other processes too."""

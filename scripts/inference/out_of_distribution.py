@@ -84,6 +84,10 @@ class MeasureScand(MapTransform):
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
             image = data[key]
+            if said := image.meta.get("header"):
+                logger.warning(
+                    "%s has a header of two minds: %s.", image.meta.get("filename_or_obj", "the image"), said
+                )
             contrasts = [_contrast(channel) for channel in image.as_tensor()]  # MetaTensors copy metadata each time
             degrees = round(tilt(image.affine.numpy()), 2)
             image.meta["measured"] = scan_measures(image.pixdim.tolist(), image.shape[1:], contrasts, degrees)

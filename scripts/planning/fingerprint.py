@@ -25,10 +25,10 @@ def fingerprint_case(case: dict, channels: int, labels: Labels) -> dict:
         labels: that dataset.json names.
 
     Returns:
-        orientation ("RAS" ..); tilt (degrees); in the order of RAS axes: shape (voxels), spacing (mm), cropped (shape
-        of the smallest box with all non-zero voxels); labels (voxels of each label, those to ignore last); channels
-        (mean, std of non-zero voxels); foreground (of each channel: mean, std, min, max and QUANTILES of the voxels
-        with a label, None where there are none); digest (of the image's voxels).
+        orientation ("RAS" ..); tilt (degrees); header (what its forms say differently); in the order of RAS axes: shape
+        (voxels), spacing (mm), cropped (shape of the smallest box with all non-zero voxels); labels (voxels of each
+        label, those to ignore last); channels (mean, std of non-zero voxels); foreground (of each channel: mean, std,
+        min, max and QUANTILES of the voxels with a label, None where there are none); digest (of the image's voxels).
 
     Raises:
         UserError: one sentence about what is wrong with it.
@@ -57,6 +57,7 @@ def fingerprint_case(case: dict, channels: int, labels: Labels) -> dict:
         "spacing": geometry.in_ras(geometry.spacing),
         "orientation": geometry.orientation,
         "tilt": geometry.tilt,
+        "header": geometry.disagreement,
         "cropped": geometry.in_ras(measured.cropped()),
         "labels": np.sum(counts, axis=0).tolist(),
         "channels": measured.everywhere,

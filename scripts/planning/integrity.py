@@ -66,6 +66,13 @@ def orientations(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fin
             )
 
 
+def header_forms(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find headers whose forms contradict each other, so that tools lay the scan differently."""
+    for record in records:
+        if said := record.get("header"):
+            yield _warning(record, f"has a header of two minds: {said}; look which is meant.")
+
+
 def tilts(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
     """Find axes far off the patient's, which reorientation turns onto the nearest ones and no further."""
     for record in records:
@@ -143,6 +150,7 @@ def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Find
 CHECKS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...] = (
     duplicates,
     orientations,
+    header_forms,
     tilts,
     without_foreground,
     absent_labels,

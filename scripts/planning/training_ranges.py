@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..data.scans import image_files
 from ..data.statistics import contrast, label_volumes, rounded, scan_measures
 
 
@@ -18,10 +19,10 @@ def learn_training_ranges(
         cases: the training cases.
         values: values of the labels, background first.
     """
-    names = {case["case"] for case in cases}
+    files = {image_files(case)[0] for case in cases}
     found: dict[str, list[float]] = {}
     for record in records:
-        if record["case"] in names and "error" not in record:
+        if record["file"] in files and "error" not in record:
             counts = dict(list(zip(values, record["labels"], strict=False))[1:])
             contrasts = [contrast(c["mean"], c["std"]) if c else 0.0 for c in record["channels"]]
             measured = scan_measures(record["spacing"], record["shape"], contrasts, record.get("tilt", 0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -158,6 +159,24 @@ class TestScans:
     def test_a_training_folder_gives_its_test_scans_first(self, tmp_path):
         self.files(tmp_path, "imagesTr/a.nii.gz", "imagesTs/b.nii.gz")
         assert [s["case"] for s in find_scans(str(tmp_path))] == ["b"]
+
+    def test_endings_in_any_case_count_and_what_is_left_out_is_named(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+        folder = self.files(tmp_path, "D.NII.GZ", "_x.nii.gz", "c.Nii", ".h.nii.gz")
+        (folder / "b.nrrd").touch()
+        (folder / "gone.nii.gz").symlink_to(folder / "nowhere.nii.gz")
+        assert [s["case"] for s in find_scans(str(folder))] == ["D", "_x", "c"]
+        assert all(name in caplog.text for name in ("b.nrrd", "gone.nii.gz", ".h.nii.gz"))
+
+    def test_masks_of_an_earlier_run_are_no_scans(self, tmp_path):
+        folder = self.files(tmp_path, "a.nii.gz", "a_seg.nii.gz", "b_seg.nii.gz", "p1.T1.nii.gz", "p1.T1_seg.nii.gz")
+        assert [s["case"] for s in find_scans(str(folder))] == ["a", "b_seg", "p1.T1"]
+
+    @pytest.mark.parametrize("channels", [1, 2])
+    def test_two_files_of_one_case_are_refused(self, channels, tmp_path):
+        folder = self.files(tmp_path, "a.nii", "a.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz")
+        with pytest.raises(UserError, match=f"are of one case, a, whose {channels} channel"):
+            find_scans(str(folder), channels)
 
     @pytest.mark.parametrize(
         ("name", "message"), [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "not a")]
