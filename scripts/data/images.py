@@ -62,7 +62,7 @@ class Geometry:
     def from_image(cls, image: nib.spatialimages.SpatialImage) -> Geometry:
         """Take it from a nibabel image."""
         header = image.header
-        unit = header.get_xyzt_units()[0] if isinstance(header, nib.Nifti1Header) else "mm"
+        unit = _unit(header) if isinstance(header, nib.Nifti1Header) else "mm"
         affine = np.array(image.affine, dtype=np.float64)
         affine[:3] *= MILLIMETRES.get(unit, 1.0)
         shape = (*image.shape, 1, 1)[:3]  # a 2D image is a single slice
@@ -87,6 +87,14 @@ class Geometry:
         """Reorder what is given for each stored axis into the order x, y, z of the network's grid."""
         order = np.argsort(nib.io_orientation(self.affine)[:, 0])
         return [per_axis[axis] for axis in order]
+
+
+def _unit(header: nib.Nifti1Header) -> str:
+    """Name the unit of length; a code that no standard knows says as little as "unknown"."""
+    try:
+        return header.get_xyzt_units()[0]
+    except KeyError:
+        return "unknown"
 
 
 def _disagreement(image: nib.spatialimages.SpatialImage) -> str:
