@@ -41,9 +41,10 @@ class Given(NamedTuple):
 def check_plan(given: Given) -> None:
     """Refuse a plan that was made for other channels or labels."""
     for name, found in given.described.items():
-        written = found if given.planned_for is None else given.planned_for.get(name, found)
-        planned = [read_text(entry) if isinstance(entry, str) else entry for entry in written]
-        if given.planned_for is not None and planned != found:
+        if given.planned_for is None or name not in given.planned_for:
+            continue
+        planned = [read_text(entry) if isinstance(entry, str) else entry for entry in given.planned_for[name]]
+        if planned != found:
             raise UserError(
                 f"the plan is for the {name} {planned}, the data set has {found}; plan this data set: {PLANNING}"
             )

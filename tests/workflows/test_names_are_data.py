@@ -16,6 +16,7 @@ from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.planner import plan_training
 from scripts.training.settings_checks import Given, check_plan
 from scripts.utils.errors import UserError
+from scripts.weights.model_settings import ModelSettings
 
 CALL = "$__import__('os').system('touch {file}')"
 NAMES = [CALL, "@train", "%x", "_target_", "a#b", "@#x", "%##iterations", "a::b",
@@ -108,7 +109,7 @@ def test_a_plan_is_taken_for_its_own_names_and_no_other(name, phantom_dir, tmp_p
     config = ConfigParser()
     config.read_config([str(ROOT / "configs/train.json"), str(tmp_path / "plan.json")])
     planned = config.get_parsed_content("checks#planned_for")
-    check_plan(Given(data, None, {}, planned))
+    check_plan(Given(data, ModelSettings(), planned))
     data.labels.names[1] = f"{name} "
     with pytest.raises(UserError, match="the plan is for the labels"):
-        check_plan(Given(data, None, {}, planned))
+        check_plan(Given(data, ModelSettings(), planned))
