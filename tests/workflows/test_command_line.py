@@ -39,7 +39,7 @@ COMMANDS = {  # of the data, trained weights and the folder to write to
 READERS = {
     "*.pt": lambda path: {k: v.numpy().tobytes() for k, v in torch.load(path, weights_only=True).items()},
     "**/*_seg.nii.gz": lambda path: np.asarray(nib.load(path).dataobj).tobytes(),
-    "cases.csv": lambda path: list(csv.reader(path.read_text().splitlines())),
+    "cases.csv": Path.read_text,
     "*plan.json": lambda path: json.loads(path.read_text()),
 }
 WRITTEN = {
