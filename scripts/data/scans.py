@@ -13,7 +13,6 @@ OTHER_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".hdr", ".mgz", ".mgh
 MASK = "_seg"  # what stands behind a case's id in the name of its mask
 CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's case_0000.nii.gz
 
-
 logger = logging.getLogger("mednext")
 
 
@@ -69,10 +68,11 @@ def find_scans(dataset_dir: str, channels: int = 1) -> list[dict]:
     for file in sorted(files):
         groups.setdefault(case_id(file, channels), []).append(str(file))
     for name, group in groups.items():
-        if len(group) > channels:
+        numbers = [found[1] for file in group if (found := CHANNEL.search(stem(Path(file))))]
+        if len(group) > 1 and len(set(numbers)) < len(group):
             raise UserError(
-                f"{', '.join(group)} are of one case, {name}, whose {channels} channel(s) they cannot all be; move the"
-                " ones that are not meant."
+                f"{', '.join(group)} are of one case, {name}, and not a channel each of {channels}; move those that are"
+                " not meant, or name them case_0000, case_0001 and so on."
             )
     return [{"case": name, "image": group[0] if len(group) == 1 else group} for name, group in sorted(groups.items())]
 

@@ -173,10 +173,12 @@ class TestScans:
         assert [s["case"] for s in find_scans(str(folder))] == ["a", "b_seg", "p1.T1"]
 
     @pytest.mark.parametrize("channels", [1, 2])
-    def test_two_files_of_one_case_are_refused(self, channels, tmp_path):
-        folder = self.files(tmp_path, "a.nii", "a.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz")
-        with pytest.raises(UserError, match=f"are of one case, a, whose {channels} channel"):
-            find_scans(str(folder), channels)
+    @pytest.mark.parametrize(
+        "names", [("a.nii", "a.nii.gz"), ("a.nii", "a_0000.nii"), ("a_0000.nii", "a_0000.nii.gz")], ids=str
+    )
+    def test_two_files_of_one_case_are_refused(self, names, channels, tmp_path):
+        with pytest.raises(UserError, match=f"are of one case, a, and not a channel each of {channels}; move those"):
+            find_scans(str(self.files(tmp_path, *names)), channels)
 
     @pytest.mark.parametrize(
         ("name", "message"), [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "not a")]
