@@ -31,11 +31,12 @@ from tqdm import tqdm
 
 from ..data.grid import CHANNEL_BYTES, PEAK_BYTES
 from ..data.images import Geometry, open_image
-from ..data.scans import image_files
+from ..data.scans import case_id, image_files
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
 from ..utils.files import remembered, write_whole
 from .cache_key import description, digest, file_digest, versions
+from .loading import CASE
 
 
 class CachedDataset(Dataset):
@@ -129,6 +130,9 @@ class CachedDataset(Dataset):
         result = dict(self.data[index])
         for entry in self.entries[index]:
             result |= entry.read_existing()
+        for value in result.values():
+            if isinstance(value, MetaTensor) and CASE in value.meta:  # the id of the case that the entry was made from
+                value.meta[CASE] = result.get(CASE) or case_id(Path(str(value.meta["filename_or_obj"])), 1)
         return result
 
     def _transform(self, index: int) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from conftest import GRIDS, grid, save
 from monai.transforms import LoadImage
 
+from scripts.preprocessing.cache import CachedDataset
 from scripts.preprocessing.loading import LoadScand, load_scan
 from scripts.utils.errors import UserError
 
@@ -89,3 +92,13 @@ def test_the_case_is_known_by_its_id(tmp_path):
     path = save(tmp_path / "p1.T1.nii.gz", np.ones((2, 2, 2), np.int16))
     assert load_scan(path).meta["case"] == "p1.T1"
     assert LoadScand("image")({"image": str(path), "case": "sub-01"})["image"].meta["case"] == "sub-01"
+
+
+def test_cases_that_share_a_cache_entry_keep_their_ids(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.ones((4, 5, 6), np.int16))
+    shutil.copy(path, tmp_path / "b.c.nii.gz")
+    cases = [{"case": name, "image": str(tmp_path / f"{name}.nii.gz")} for name in ("a", "b.c")]
+    cases.append({"image": cases[1]["image"]})
+    cached = CachedDataset(cases, [[LoadScand("image")]], str(tmp_path / "cache"), [1] * 3)
+    assert [cached[index]["image"].meta["case"] for index in range(3)] == ["a", "b.c", "b.c"]
+    assert len(list((tmp_path / "cache").glob("*/*.pt"))) == 1
