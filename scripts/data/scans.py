@@ -99,6 +99,11 @@ def case_id(path: Path, channels: int) -> str:
     return stem(path)[: match.start()] if match and int(match[1]) < channels else stem(path)
 
 
+def mask_file(case: str) -> str:
+    """Name the file of a case's mask, which scoring, pooling and pictures look for."""
+    return f"{case}{MASK}.nii.gz"
+
+
 def mask_name(meta: dict, _saver: object = None) -> dict:
     """Give MONAI's `SaveImaged(output_name_formatter=)` the id of a mask's case, no patch index."""
     return {"subject": meta.get("case") or case_id(Path(str(meta["filename_or_obj"])), 1), "idx": None}

@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 
 from ..data.datasets import Dataset
 from ..data.folds import SPLITS, Fold
+from ..data.scans import mask_file
 from ..utils.errors import UserError
 from ..utils.settings import give, prepare
 from ..weights.checkpoints import load_checkpoint
@@ -191,6 +192,6 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
     masks = Path(output_dir, "predictions")
     masks.mkdir(exist_ok=True)
     for case, folder in scored_by.items():
-        mask = masks / f"{case}_seg.nii.gz"
+        mask = masks / mask_file(case)
         mask.unlink(missing_ok=True)
         shutil.copy2(folder / "predictions" / mask.name, mask)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..data.checks import check_same_grid, label_indices
 from ..data.images import read_image
 from ..data.labels import Labels
+from ..data.scans import mask_file
 from ..inference.components import keep_largest
 from ..utils.files import write_whole
 from .metrics import ClassDice
@@ -103,7 +104,7 @@ def search_postprocessing(
     """
 
     def masks(case: dict) -> tuple[np.ndarray, np.ndarray]:
-        path = str(Path(predictions) / f"{case['case']}_seg.nii.gz")
+        path = str(Path(predictions) / mask_file(case["case"]))
         prediction, reference = read_image(path), read_image(case["label"])
         check_same_grid(path, prediction.geometry, reference.path, reference.geometry)
         indices = label_indices(prediction, labels.values), label_indices(reference, labels.file_values)

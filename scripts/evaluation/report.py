@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from ..data.scans import image_files
+from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import write_whole
 from ..weights import model_settings
@@ -81,7 +81,7 @@ def write_report(
     pictures = "<p>The masks were not saved (<code>save_predictions</code> is off): there is nothing to show.</p>"
     if save_predictions:
         cases = {case["case"]: case for case in items}
-        masks = {case: folder / "predictions" / f"{case}_seg.nii.gz" for case in cases}
+        masks = {case: folder / "predictions" / mask_file(case) for case in cases}
         shown = [_picture(role, cases[c], masks[c], label_values, means[c]) for c, role in _notable(means).items()]
         pictures = "\n".join([READING, _legend(classes), *shown])
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(

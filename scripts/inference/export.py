@@ -17,7 +17,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_data_type, ensure_tuple
 
 from ..data.images import open_image
-from ..data.scans import MASK
+from ..data.scans import mask_file
 from ..utils.files import write_whole
 
 
@@ -63,7 +63,7 @@ class MaskLayout(FolderLayoutBase):
             idx: unused.
             parts: unused.
         """
-        return str(self.output_dir / f"{subject}{MASK}.nii.gz")
+        return str(self.output_dir / mask_file(subject))
 
 
 class LabelWriter(NibabelWriter):

@@ -10,10 +10,11 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged
+from monai.utils import ensure_tuple
 
 from ..data.checks import check_image, check_same_grid
 from ..data.images import Geometry, read_image
-from ..data.scans import case_id, image_files
+from ..data.scans import case_id
 
 CASE = "case"  # of a case and of a tensor's metadata: its id, which names masks and rows of tables
 
@@ -56,7 +57,7 @@ def load_scan(files: str | Path | Sequence[str | Path], case: str | None = None)
     Raises:
         UserError: a file that cannot be read, or channels on different grids.
     """
-    paths = image_files({"image": str(files) if isinstance(files, str | Path) else [str(file) for file in files]})
+    paths = [str(file) for file in ensure_tuple(files)]
     images = [read_image(path) for path in paths]
     for image in images:
         check_image(image)
