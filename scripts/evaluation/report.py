@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import hashlib
 import io
 import json
 import math
@@ -32,7 +31,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
-from ..utils.files import write_whole
+from ..utils.files import sha256, write_whole
 from ..weights import model_settings
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
@@ -168,7 +167,7 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
             "in": os.getcwd(),
             "cases of": dataset_dir,
             "weights": weights,
-            "their SHA-256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "their SHA-256": sha256(weights),
             "device": f"{device}{gpu}",
         },
         "Settings": {

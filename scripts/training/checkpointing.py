@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..utils.errors import UserError
-from ..weights import model_settings
-from ..weights.checkpoints import check_fits, load_checkpoint, save_checkpoint
+from ..weights.checkpoints import check_fits, load_checkpoint, save_checkpoint, save_weights
+from ..weights.model_settings import settings_file
 from .optim import take_up
 
 logger = logging.getLogger("mednext")
@@ -126,7 +126,7 @@ class TrainingRun:
             self.checkpoint.parent.rename(kept / "training")
         if (decided := self.folder / "postprocessing.json").exists():  # for the earlier weights, not for new ones
             decided.rename(kept / decided.name)
-        for file in (self.weights, model_settings.settings_file(self.weights)):
+        for file in (settings_file(self.weights), self.weights):
             if file.exists():  # copied, since it stays in use until better weights replace it
                 shutil.copy2(file, kept / file.name)
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
@@ -168,5 +168,4 @@ class TrainingRun:
     def _save_weights(self, found: dict[str, Any]) -> None:
         """Save the weights with their settings, and what was found of them."""
         if self.writes:
-            save_checkpoint(self.network.state_dict(), self.weights)
-            model_settings.write_model_settings(self.weights, {**self.settings, **found})
+            save_weights(self.network.state_dict(), self.weights, {**self.settings, **found})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 
-from scripts.utils.files import remembered, write_whole
+from scripts.utils.files import is_intact, remembered, sha256, write_whole
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path):
@@ -46,3 +48,21 @@ def test_what_an_earlier_run_left_is_read_where_it_is_whole(text, expected, tmp_
     if text is not None:
         (tmp_path / "a.json").write_text(text)
     assert remembered(tmp_path / "a.json") == expected
+
+
+def test_a_file_larger_than_a_block_has_the_sha256_of_its_bytes(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_an_archive_is_intact_unless_a_bit_of_a_record_or_of_its_end_is_another(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("record", b"voxels")
+    assert is_intact(tmp_path / "a.zip")
+    whole = (tmp_path / "a.zip").read_bytes()
+    for damaged in (whole.replace(b"voxels", b"voxelr"), whole[:-30], whole[30:], b"", b"PK"):
+        (tmp_path / "b.zip").write_bytes(damaged)
+        assert not is_intact(tmp_path / "b.zip")
+    with pytest.raises(FileNotFoundError):
+        is_intact(tmp_path / "c.zip")
