@@ -61,7 +61,8 @@ def _helper(x: Tensor, edge: int = 3) -> Helper:
 
 
 def _rows(y: Tensor, weights: Weights, trains: bool) -> mlp.Rows:
-    return NATIVE_ROWS if native_mlp.suits(y, *weights.w2.shape, trains) else CPU_ROWS
+    made, hidden = weights.w2.shape
+    return NATIVE_ROWS if native_mlp.suits(y, made, hidden, trains) else CPU_ROWS
 
 
 class Cpu:

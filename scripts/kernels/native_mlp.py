@@ -60,7 +60,7 @@ class NativeRows:
     def combine(self, dz: Tensor, y: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         """Turn dz into dz * a + y * b + c."""
         for n, rows in enumerate(y):
-            _call("combine", rows, dz=dz[n], scale=a[n], shift=b[n], start=c[n])
+            _call("combine", rows, (0, 0), {"dz": dz[n], "scale": a[n], "shift": b[n], "start": c[n]})
 
 
 def suits(y: Tensor, made: int, hidden: int, trains: bool) -> bool:
@@ -92,13 +92,13 @@ def _run(name: str, rows: Tensor, layers: Layers, n: int, **tensors: Tensor | No
     if name == "backward":
         tensors |= {"first_back": layers.first.t(), "second_back": second.t()}
     tensors |= {"first": layers.first, "start": layers.start, "second": second, "end": layers.end}
-    sizes = {"hidden": len(layers.first), "made": len(second)}
-    _call(name, rows, **sizes, scale=layers.scale[n], shift=layers.shift[n], **tensors)
+    tensors |= {"scale": layers.scale[n], "shift": layers.shift[n]}
+    _call(name, rows, (len(layers.first), len(second)), tensors)
 
 
-def _call(name: str, y: Tensor, hidden: int = 0, made: int = 0, **tensors: Tensor | None) -> None:
+def _call(name: str, y: Tensor, sizes: tuple[int, int], tensors: dict[str, Tensor | None]) -> None:
     held = {key: tensor.contiguous() for key, tensor in tensors.items() if tensor is not None}
     given = {key: tensor.data_ptr() for key, tensor in held.items()}
-    voxels, channels = y.shape
+    (voxels, channels), (hidden, made) = y.shape, sizes
     call = _Mlp(voxels=voxels, channels=channels, hidden=hidden, made=made, y=y.data_ptr(), **given)
     native.call(f"mlp_{name}", ctypes.byref(call), native.STORED[y.dtype])
