@@ -2,7 +2,7 @@
 
 - A depthwise convolution and its input gradient (a convolution with the flipped kernel, or the transposed one) are
   oneDNN's forward convolution wherever that is an ordinary convolution; the rest is `native`, else `fallback`.
-- Norm, expansion, GELU, GRN, compression and residual are `mlp` on the rows of `cpu_mlp`.
+- Norm, expansion, GELU, GRN, compression and residual are `mlp` on the rows of `native_mlp`, else of `cpu_mlp`.
 
 Sums over voxels are kept in float32 at least, those of the norm in float64. Under autocast to bfloat16 activations and
 products are bfloat16; weights stay as they are and get their gradients in their own precision.
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..utils.files import write_whole
-from . import mlp, native, native_mlp
+from . import mlp, native
 from .backend import Moments, Weights, channels_last, foreign, plain
 from .cpu_mlp import CpuRows
 from .fallback import Fallback
@@ -61,8 +61,7 @@ def _helper(x: Tensor, edge: int = 3) -> Helper:
 
 
 def _rows(y: Tensor, weights: Weights, trains: bool) -> mlp.Rows:
-    made, hidden = weights.w2.shape
-    return NATIVE_ROWS if native_mlp.suits(y, made, hidden, trains) else CPU_ROWS
+    return NATIVE_ROWS if NATIVE_ROWS.suits(y, weights, trains) else CPU_ROWS
 
 
 class Cpu:

@@ -22,7 +22,7 @@ import torch
 from .backend import CHANNELS_LAST, Moments
 
 SOURCES = sorted(Path(__file__).parent.glob("native*.cpp"))
-HEADER = Path(__file__).with_name("native.h")
+HEADERS = sorted(Path(__file__).parent.glob("native*.h"))
 FLAGS = ["-std=c++14", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-Wno-psabi"]
 LANES = 16  # channels of a vector
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
         raise UnavailableError("no C++ compiler (CXX, g++, c++, clang++) was found")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        text = [file.read_bytes() for file in (HEADER, *SOURCES)]
+        text = [file.read_bytes() for file in (*HEADERS, *SOURCES)]
         key = hashlib.sha256(b"\0".join([*text, version, *map(str.encode, FLAGS), processor()]))
         file = cache() / f"native-{key.hexdigest()[:16]}.so"
         if not file.exists():

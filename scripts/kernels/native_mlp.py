@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .backend import Weights
 from .mlp import Layers
 
 SUMS = 2**21  # most bytes of gradients of weights that a thread sums up; more would not stay in its cache
@@ -30,12 +31,30 @@ class _Mlp(ctypes.Structure):
 class NativeRows:
     """Computes rows in C++, float32 and bfloat16; see `mlp.Rows`."""
 
+    def suits(self, y: Tensor, weights: Weights, trains: bool) -> bool:
+        """Tell whether it computes the rows of y (N, C, *space) well, and with `trains` their gradients.
+
+        What it leaves are channels that fill no vector, precisions that the processor multiplies faster otherwise, and
+        gradients of more weights, or of fewer voxels, than pay.
+        """
+        if y.dtype not in (torch.float32, torch.bfloat16) or not native.available():
+            return False
+        if y.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+            return False
+        (made, hidden), channels, voxels = weights.w2.shape, y.shape[1], y.shape[2:].numel()
+        if any(number % native.LANES for number in (channels, made, hidden)):
+            return False
+        sums = (channels + made) * hidden * 8
+        return not trains or (sums <= SUMS and voxels >= VOXELS * torch.get_num_threads())
+
     def energy(self, y: Tensor, layers: Layers) -> Tensor:
         """Sum the squares of hidden over the voxels."""
-        sums = [native.parts(len(layers.first)) for _ in y]
-        for n, case in enumerate(sums):
-            _run("energy", y[n], layers, n, sums=case)
-        return torch.stack([case.sum(0) for case in sums]).to(layers.scale.dtype)
+        found = []
+        for n, rows in enumerate(y):
+            sums = native.parts(len(layers.first))
+            _run("energy", rows, layers, n, sums=sums)
+            found.append(sums.sum(0))
+        return torch.stack(found).to(layers.scale.dtype)
 
     def forward(self, y: Tensor, layers: Layers, residual: Tensor | None, out: Tensor) -> None:
         """Fill out."""
@@ -48,11 +67,12 @@ class NativeRows:
         """Compute the gradients of the layers, and that of z."""
         (hidden, channels), made = layers.first.shape, len(layers.end)
         sizes = [channels * hidden, made * hidden, hidden, made]
-        found = []
+        found, first_back = [], layers.first.t().contiguous()
         for n, rows in enumerate(y):
             sums = native.parts(sum(sizes))
             tensors = {"along": None if along is None else along[n], "dz": None if dz is None else dz[n]}
-            _run("backward", rows, layers, n, g=g[n], sums=sums, **tensors)
+            back = {"first_back": first_back, "second_back": layers.second[n].t()}
+            _run("backward", rows, layers, n, g=g[n], sums=sums, **back, **tensors)
             first, second, start, end = sums.sum(0).to(layers.scale.dtype).split(sizes)
             found.append((first.view(channels, hidden).t(), start, second.view(made, hidden), end))
         return tuple(map(torch.stack, zip(*found, strict=True)))
@@ -63,23 +83,6 @@ class NativeRows:
             _call("combine", rows, (0, 0), {"dz": dz[n], "scale": a[n], "shift": b[n], "start": c[n]})
 
 
-def suits(y: Tensor, made: int, hidden: int, trains: bool) -> bool:
-    """Tell whether `NativeRows` computes rows of y (N, C, *space) well, to `made` channels over `hidden` ones.
-
-    What they leave are channels that fill no vector, precisions that the processor multiplies faster otherwise, and
-    gradients of more weights, or of fewer voxels, than pay.
-    """
-    if y.dtype not in (torch.float32, torch.bfloat16) or not native.available():
-        return False
-    if y.dtype == torch.bfloat16 and not _multiplies_bfloat16():
-        return False
-    channels, voxels = y.shape[1], y.shape[2:].numel()
-    if any(number % native.LANES for number in (channels, made, hidden)):
-        return False
-    sums = (channels + made) * hidden * 8
-    return not trains or (sums <= SUMS and voxels >= VOXELS * torch.get_num_threads())
-
-
 @functools.cache
 def _multiplies_bfloat16() -> bool:
     """Tell whether vectors of the processor do, and no matrix unit (AMX), which oneDNN uses, is still faster."""
@@ -88,12 +91,8 @@ def _multiplies_bfloat16() -> bool:
 
 def _run(name: str, rows: Tensor, layers: Layers, n: int, **tensors: Tensor | None) -> None:
     """Compute rows (voxels, C) of case n with its layers."""
-    second = layers.second[n]
-    if name == "backward":
-        tensors |= {"first_back": layers.first.t(), "second_back": second.t()}
-    tensors |= {"first": layers.first, "start": layers.start, "second": second, "end": layers.end}
-    tensors |= {"scale": layers.scale[n], "shift": layers.shift[n]}
-    _call(name, rows, (len(layers.first), len(second)), tensors)
+    of_case = layers._replace(scale=layers.scale[n], shift=layers.shift[n], second=layers.second[n])
+    _call(name, rows, (len(layers.first), len(layers.end)), of_case._asdict() | tensors)
 
 
 def _call(name: str, y: Tensor, sizes: tuple[int, int], tensors: dict[str, Tensor | None]) -> None:
