@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.errors import UserError
@@ -104,6 +105,11 @@ def mask_file(case: str) -> str:
     return f"{case}{MASK}.nii.gz"
 
 
-def mask_name(meta: dict, _saver: object = None) -> dict:
+def case_of(meta: Mapping) -> str:
+    """Look up the id of a case in the metadata of its image or mask; a host may have left the name of a file alone."""
+    return meta.get("case") or case_id(Path(str(meta["filename_or_obj"])), 1)
+
+
+def mask_name(meta: Mapping, _saver: object = None) -> dict:
     """Give MONAI's `SaveImaged(output_name_formatter=)` the id of a mask's case, no patch index."""
-    return {"subject": meta.get("case") or case_id(Path(str(meta["filename_or_obj"])), 1), "idx": None}
+    return {"subject": case_of(meta), "idx": None}

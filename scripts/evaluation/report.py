@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import json
@@ -32,7 +31,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
-from ..utils.files import write_whole
+from ..utils.files import read_table, write_whole
 from ..weights import model_settings
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
@@ -76,7 +75,7 @@ def write_report(
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     folder = Path(output_dir)
-    rows, summary = _table(folder / "cases.csv"), _table(folder / "summary.csv")
+    rows, summary = read_table(folder / "cases.csv"), read_table(folder / "summary.csv")
     means = _mean_dice(rows)
     pictures = "<p>The masks were not saved (<code>save_predictions</code> is off): there is nothing to show.</p>"
     if save_predictions:
@@ -96,11 +95,6 @@ def write_report(
         facts=_facts(dataset_dir, Path(weights), device, settings),
     )
     write_whole(folder / "report.html", lambda partial: partial.write_text(page, encoding="utf-8"))
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:
