@@ -31,8 +31,9 @@ def list_scans(folder: Path) -> list[Path]:
         return []
     images = sorted(path for path in folder.iterdir() if path.name.lower().endswith((*ENDINGS, *OTHER_ENDINGS)))
     candidates = [path for path in images if _is_scan(path)]
-    stems = {stem(path) for path in candidates}
-    scans = [path for path in candidates if stem(path).removesuffix(MASK) not in stems - {stem(path)}]
+    cases = {name for path in candidates for name in (stem(path), CHANNEL.sub("", stem(path)))}
+    masks = {f"{case}{MASK}" for case in cases}
+    scans = [path for path in candidates if stem(path) not in masks]
     if left_out := [path.name for path in images if path not in scans]:
         logger.warning("left out of %s as masks, hidden, broken or no NIfTI files: %s", folder, ", ".join(left_out))
     return scans

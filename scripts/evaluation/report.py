@@ -16,7 +16,6 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import cast
 
 import ignite
 import matplotlib
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from ..data.images import open_image, three_axes
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, write_whole
@@ -268,8 +268,8 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
     """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
-    image = cast(nib.Nifti1Image, nib.load(path))
-    voxels = np.asanyarray(image.dataobj, dtype=np.float32)
+    image = open_image(path)
+    voxels = three_axes(np.asanyarray(image.dataobj, dtype=np.float32))
     voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
     turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(VIEW))
     return apply_orientation(voxels, turn), [image.header.get_zooms()[axis] for axis in np.argsort(turn[:, 0])]
