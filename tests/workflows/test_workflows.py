@@ -189,7 +189,7 @@ class TestInference:
             "--output_dir", "masks", cwd=tmp_path,
         )  # fmt: skip
         written = {p.name for p in (tmp_path / "masks").iterdir()}
-        assert written == {scan.name.replace(".nii", "_seg.nii"), "report.csv"}
+        assert written == {scan.name.replace(".nii", "_seg.nii"), "report.csv", "masks.json"}
 
 
 class TestMonaiTools:
