@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import combinations, product
 
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 
 from ..kernels.cpu import bfloat16_pays
-from ..preprocessing.resampling import decide_labels, has_native_voxels, label_type
+from ..preprocessing.resampling import has_native_voxels, knows_scan_grid
 from ..utils.errors import UserError
+from .window_results import Labels, LabelsOnScan, Result, Scores, Storage
+from .window_sums import Block, WindowSums
+
+ROWS = 8  # of a window, whose scores a CPU computes at once
 
 Network = Callable[..., torch.Tensor]
 
@@ -87,6 +92,7 @@ class SlidingWindowInferer(Inferer):
         self.mirrored = [[a + 2 for a in axes] for n in counts for axes in combinations(mirror_axes, n)]
         self.starts, self.weights = WINDOW_SCHEMES[window_scheme]
         self.labels_early, self.region_order = labels_early, region_order
+        self.watch: Callable[[int, int], None] | None = None  # told how many of how many windows of a scan are done
 
     def __call__(self, inputs: torch.Tensor, network: Network, *args, **kwargs) -> torch.Tensor:
         """Segment scans (N, C, *space).
@@ -100,74 +106,89 @@ class SlidingWindowInferer(Inferer):
         Returns:
             Scores (N, classes, *space), or labels (N, 1, *space) where `labels_early` allows them.
         """
-        early = self.labels_early and has_native_voxels(inputs)
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        return torch.cat([self._one(image[None], partial(network, *args, **kwargs), early) for image in plain])
+        make = partial(self._result, inputs)
+        found = [self._one(image[None], partial(network, *args, **kwargs), make) for image in plain]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _predict(self, window: torch.Tensor, network: Network) -> torch.Tensor:
-        """Average the scores (classes, *roi) of a window (1, C, *roi) and its mirrored copies."""
-        total = self._scores(window, network)
-        for axes in self.mirrored:
-            total = total + self._scores(window.flip(axes), network).flip(axes)
-        return (total / (len(self.mirrored) + 1) if self.mirrored else total)[0]
+    def _result(self, inputs: torch.Tensor, shape: Sequence[int], inside: Sequence[slice]) -> Result:
+        """Choose what is kept of the scores (classes, *padded) of a scan."""
+        storage = Storage(inputs, shape, self.full_precision_gb)
+        if not self.labels_early or not isinstance(inputs, MetaTensor) or not knows_scan_grid(inputs):
+            return Scores(shape, inside, storage)
+        if has_native_voxels(inputs):
+            return Labels(shape, inside, self.region_order)
+        return LabelsOnScan(shape, inside, inputs, self.region_order, storage)
 
-    def _scores(self, window: torch.Tensor, network: Network) -> torch.Tensor:
-        """Compute the scores (1, classes, *roi) of a window, in its precision, whatever the network's is."""
-        flat, halved = self.roi_size[-1] == 1, window.device.type == "cpu" and self.halves()
-        with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
-            logits = network(window[..., 0])[..., None] if flat else network(window)
-        return self.activate(logits.to(window.dtype))
-
-    def _room(self, shape: Sequence[int], like: torch.Tensor, early: bool) -> torch.Tensor:
-        """Allocate what a scan's scores (classes, *space) or, where they are decided `early`, its labels need."""
-        if early:
-            return torch.empty((1, *shape[1:]), dtype=label_type(shape[0], self.region_order))
-        small = math.prod(shape) * 4 <= self.full_precision_gb * 1e9
-        device, dtype = (like.device, like.dtype) if small else ("cpu", torch.float16)
-        return torch.empty(shape, device=device, dtype=dtype)
-
-    def _one(self, image: torch.Tensor, network: Network, early: bool) -> torch.Tensor:
-        """Segment one scan (1, C, *space): scores (1, classes, *space) or, `early`, labels (1, 1, *space)."""
+    def _one(self, image: torch.Tensor, network: Network, make: Callable[..., Result]) -> torch.Tensor:
+        """Segment one scan (1, C, *space) into what `make` says is kept of it."""
         size = image.shape[2:]
         missing = [max(r - n, 0) for r, n in zip(self.roi_size, size, strict=True)]
         if any(missing):
             image = F.pad(image, [n for m in reversed(missing) for n in (m // 2, m - m // 2)])
-        padded = image.shape[2:]
-        starts = [self.starts(n, r, self.overlap) for n, r in zip(padded, self.roi_size, strict=True)]
-        in_plane = [
-            tuple(slice(a, a + r) for a, r in zip(at, self.roi_size[1:], strict=True)) for at in product(*starts[1:])
-        ]
-        weight = self.weights(self.roi_size).to(image)
-        rows = self.roi_size[0]
-        layer = weight.new_zeros((rows, *padded[1:]))  # what all windows with the same first planes weigh
-        for window in in_plane:
-            layer[(slice(None), *window)] += weight
-
-        done = 0  # planes that are stored
-        result: torch.Tensor | None = None
-        sums: torch.Tensor | None = None
-        weights = torch.zeros_like(layer)
-        for first, following in zip(starts[0], [*starts[0][1:], padded[0]], strict=True):
-            for window in in_plane:
-                scores = self._predict(image[(slice(None), slice(None), slice(first, first + rows), *window)], network)
-                if result is None or sums is None:
-                    sums = image.new_zeros((scores.shape[0], rows, *padded[1:]))
-                    result = self._room((scores.shape[0], *padded), image, early)
-                sums[(slice(None), slice(None), *window)].addcmul_(scores, weight)
-            assert result is not None, "there is a window in every plane"
-            assert sums is not None, "they are made together"
-            weights += layer
-            finished = min(following - done, rows)
-            means = sums[:, :finished].div_(weights[:finished])
-            kept = decide_labels(means, self.region_order)[None] if early else means
-            result[:, done : done + finished] = kept.to(result)
-            for rolling in (sums.movedim(1, 0), weights):
-                rolling[: rows - finished] = rolling[finished:].clone()
-                rolling[rows - finished :] = 0
-            done += finished
+        inside = [slice(m // 2, m // 2 + n) for m, n in zip(missing, size, strict=True)]
+        result: Result | None = None
+        for block in self._means(image, network):
+            result = result or make((len(block.means), *image.shape[2:]), inside)
+            result.put(block)
         assert result is not None, "there is a window in every scan"
-        low = [m // 2 for m in missing]
-        return result[(None, slice(None), *(slice(a, a + n) for a, n in zip(low, size, strict=True)))]
+        return result.get()
+
+    def _means(self, image: torch.Tensor, network: Network) -> Iterator[Block]:
+        """Yield the mean scores of a scan (1, C, *space) of at least a window, block by block."""
+        size = image.shape[2:]
+        starts = [self.starts(n, r, self.overlap) for n, r in zip(size, self.roi_size, strict=True)]
+        weight = self.weights(self.roi_size).to(image)
+        spans = [[slice(a, a + r) for a in along] for along, r in zip(starts, self.roi_size, strict=True)]
+        layer = weight.new_zeros((len(weight), *size[1:]))  # what all windows with the same first planes weigh
+        for window in product(*spans[1:]):
+            layer[(slice(None), *window)] += weight
+        sums, count = WindowSums(starts, size, weight), math.prod(map(len, starts))
+        for done, at in enumerate(product(*spans), start=1):
+            predict = self._predict(image[(slice(None), slice(None), *at)], network)
+            for rows in self._chunks(image):
+                sums.add(at, rows, predict(rows))
+            if self.watch is not None:
+                self.watch(done, count)
+            if all(span is along[-1] for span, along in zip(at[2:], spans[2:], strict=True)):
+                yield from sums.finished(layer, at[0].start, at[1].start)
+
+    def _chunks(self, image: torch.Tensor) -> list[slice]:
+        """Cut a window into rows whose scores are computed at once: on a CPU few, which its cache holds."""
+        rows = self.roi_size[1]
+        step = ROWS if image.device.type == "cpu" else rows
+        return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
+
+    def _predict(self, window: torch.Tensor, network: Network) -> Callable[[slice], torch.Tensor]:
+        """Return what gives the scores (classes, planes, rows, ..) of some rows of a window (1, C, *roi).
+
+        Scores are computed as they are asked for, so that those of a whole window never exist beside its logits; only
+        an average over mirrored copies is kept as such.
+        """
+        logits = self._logits(window, network)
+
+        def scores(rows: slice) -> torch.Tensor:
+            return self.activate(logits[:, :, :, rows].to(window.dtype))[0]
+
+        if not self.mirrored:
+            return scores
+        total = torch.empty(logits.shape[1:], dtype=window.dtype, device=window.device)
+        for rows in self._chunks(window):
+            total[:, :, rows] = scores(rows)
+        for axes in self.mirrored:
+            logits = self._logits(window.flip(axes), network)
+            for rows in self._chunks(window):
+                n = self.roi_size[1]
+                theirs = slice(n - rows.stop, n - rows.start) if 3 in axes else rows
+                total[:, :, rows] += scores(theirs).flip([axis - 1 for axis in axes])
+        total /= len(self.mirrored) + 1
+        return lambda rows: total[:, :, rows]
+
+    def _logits(self, window: torch.Tensor, network: Network) -> torch.Tensor:
+        """Compute the logits (1, classes, *roi) of a window, in the network's precision."""
+        flat, halved = self.roi_size[-1] == 1, window.device.type == "cpu" and self.halves()
+        with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
+            return network(window[..., 0])[..., None] if flat else network(window)
 
 
 def monai_starts(n: int, r: int, overlap: float) -> list[int]:

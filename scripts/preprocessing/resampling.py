@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Spacingd
+
+SCORES_AT_ONCE = 2**24  # that are interpolated, of all classes together
 
 # align_corners=False is what puts voxels where their affine says (tests/preprocessing/test_resampling.py)
 warnings.filterwarnings("ignore", message="align_corners=False is not compatible with scale_extent=True")
@@ -52,11 +55,12 @@ class LabelsOnScanGridd(MapTransform):
     def __call__(self, data: dict) -> dict:
         out = dict(data)
         image = data[self.reference]
-        scan_affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64, device="cpu")
-        shape = [int(n) for n in np.asarray(image.meta["spatial_shape"]).ravel()[:3]]
+        scan_affine, shape = scan_grid(image.meta)
         for key in self.key_iterator(out):
             scores = out[key]
-            if scores.is_floating_point():
+            if _lies_on(scores, scan_affine, shape):
+                labels = scores[0].as_tensor()
+            elif scores.is_floating_point():
                 labels = labels_on_grid(scores, image.affine, scan_affine, shape, region_order=self.region_order)
             else:  # decided already
                 labels = labels_on_grid(scores, image.affine, scan_affine, shape, int(scores.max()) + 1)
@@ -116,41 +120,97 @@ def labels_on_grid(
         (*shape) on the CPU, uint8 (int16 over 256 classes).
     """
     scores = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
-    to_scores = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()  # target voxel -> scores voxel
-    voxels_meet = classes is not None and _voxels_meet(to_scores)
-    size = torch.tensor(scores.shape[1:], dtype=torch.float64)
-    labels = torch.empty(list(shape), dtype=label_type(classes or len(scores), region_order))
-    rows = max(1, slab_voxels // (shape[1] * shape[2]))
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        at = _coordinates(to_scores, [range(start, stop), range(shape[1]), range(shape[2])])
-        # only the part of the scores that this slab touches, as float
-        low = at.amin(dim=(0, 1, 2)).floor().clamp(min=0).minimum(size - 1).long()
-        high = at.amax(dim=(0, 1, 2)).ceil().clamp(min=0).minimum(size - 1).long() + 1
-        part = scores[(slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))]
-        if classes is not None and not voxels_meet:
-            part = F.one_hot(part[0].long(), classes).movedim(-1, 0)
-        extent = torch.tensor(part.shape[1:], dtype=torch.float64)
-        grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
-        values = F.grid_sample(
-            part[None].float(),
-            grid.flip(-1)[None].float().to(part.device),
-            mode="nearest" if voxels_meet else "bilinear",
-            padding_mode="border",
-            align_corners=False,
-        )[0]
-        # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
-        inside = ((at > -1.0) & (at < size)).all(dim=-1)
-        decided = values[0] if voxels_meet else decide_labels(values, region_order)
-        labels[start:stop] = decided.to(labels.dtype).cpu() * inside
-    return labels
+    found = LabelsOnGrid(scores.shape, affine, target_affine, shape, classes, region_order, slab_voxels)
+    found.add(scores)
+    return found.labels
+
+
+class LabelsOnGrid:
+    """Finds labels as `labels_on_grid` does, while the planes of the scores along their first axis become known.
+
+    `labels` are complete when all planes were added. What later slabs do not touch is dropped.
+
+    Args:
+        size: of the scores (classes, X, Y, Z).
+        affine: and all others as for `labels_on_grid`.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        affine: torch.Tensor,
+        target_affine: torch.Tensor,
+        shape: Sequence[int],
+        classes: int | None = None,
+        region_order: Sequence[int] | None = None,
+        slab_voxels: int = 2**21,
+    ) -> None:
+        # target voxel -> scores voxel
+        self.to_scores = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()
+        self.voxels_meet = classes is not None and _voxels_meet(self.to_scores)
+        self.size = torch.tensor(size[1:], dtype=torch.float64)
+        self.classes, self.region_order = classes, region_order
+        self.labels = torch.empty(list(shape), dtype=label_type(classes or size[0], region_order))
+        self.known: torch.Tensor | None = None  # planes that slabs to come may touch
+        self.first = 0  # of them
+        axis = int(self.to_scores[0, :3].abs().argmax())  # of the target, along which the scores' planes follow
+        rows = max(1, slab_voxels // (math.prod(shape) // shape[axis]))
+        slabs = [
+            [range(a, min(a + rows, shape[axis])) if i == axis else range(n) for i, n in enumerate(shape)]
+            for a in range(0, shape[axis], rows)
+        ]
+        self.open = [(slab, *self._span(slab)) for slab in slabs]
+
+    def _span(self, slab: Sequence[range]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the part of the scores that a slab of the target touches, from its corners: (low, high)."""
+        at = _coordinates(self.to_scores, [range(r[0], r[-1] + 1, max(len(r) - 1, 1)) for r in slab])
+        low = at.amin(dim=(0, 1, 2)).floor().clamp(min=0).minimum(self.size - 1).long()
+        high = at.amax(dim=(0, 1, 2)).ceil().clamp(min=0).minimum(self.size - 1).long() + 1
+        return low, high
+
+    def add(self, planes: torch.Tensor) -> None:
+        """Add the scores (classes, n, Y, Z) of the next planes, and decide what can be decided."""
+        self.known = planes if self.known is None else torch.cat([self.known, planes], dim=1)
+        stop = self.first + self.known.shape[1]
+        for slab, low, high in self.open:
+            if high[0] <= stop:
+                self._decide(slab, low, high)
+        self.open = [part for part in self.open if part[2][0] > stop]
+        first = min([int(low[0]) for _, low, _ in self.open] + [stop])
+        self.known, self.first = self.known[:, max(first - self.first, 0) :].clone(), max(first, self.first)
+
+    def _decide(self, slab: Sequence[range], low: torch.Tensor, high: torch.Tensor) -> None:
+        assert self.known is not None, "there are planes"
+        spans = [slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        spans[0] = slice(spans[0].start - self.first, spans[0].stop - self.first)
+        part = self.known[(slice(None), *spans)]
+        if self.classes is not None and not self.voxels_meet:
+            part = F.one_hot(part[0].long(), self.classes).movedim(-1, 0)
+        part = part[None].float()
+        extent = (high - low).double()
+        step = max(1, SCORES_AT_ONCE // (part.shape[1] * len(slab[1]) * len(slab[2])))
+        for start in range(slab[0].start, slab[0].stop, step):
+            some = [range(start, min(start + step, slab[0].stop)), *slab[1:]]
+            at = _coordinates(self.to_scores, some)
+            grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
+            values = F.grid_sample(
+                part,
+                grid.flip(-1)[None].float().to(part.device),
+                mode="nearest" if self.voxels_meet else "bilinear",
+                padding_mode="border",
+                align_corners=False,
+            )[0]
+            # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
+            inside = ((at > -1.0) & (at < self.size)).all(dim=-1)
+            decided = values[0] if self.voxels_meet else decide_labels(values, self.region_order)
+            there = tuple(slice(r.start, r.stop) for r in some)
+            self.labels[there] = decided.to(self.labels.dtype).cpu() * inside
 
 
 def _coordinates(to_other: torch.Tensor, indices: Sequence[range]) -> torch.Tensor:
     """Map the voxels that lie at `indices` of three axes by a matrix (4, 4): (X, Y, Z, 3), in double precision."""
     x, y, z = (
-        torch.arange(along.start, along.stop).double().view([-1 if i == j else 1 for j in range(3)] + [1])
-        * to_other[:3, i]
+        torch.tensor(along, dtype=torch.float64).view([-1 if i == j else 1 for j in range(3)] + [1]) * to_other[:3, i]
         for i, along in enumerate(indices)
     )
     return x + y + z + to_other[:3, 3]
@@ -182,12 +242,25 @@ def _voxels_meet(to_other: torch.Tensor) -> bool:
     return bool((to_other - to_other.round()).abs().max() < 1e-4)
 
 
-def has_native_voxels(image: torch.Tensor) -> bool:
-    """Say whether the voxels of an image, or of a batch of one, are those of its file, turned or cropped at most."""
-    if not isinstance(image, MetaTensor) or "original_affine" not in image.meta:
-        return False
-    affines = [
-        torch.as_tensor(a, dtype=torch.float64).cpu().reshape(-1, 4, 4)
-        for a in (image.affine, image.meta["original_affine"])
-    ]
-    return len(affines[0]) == 1 and _voxels_meet(torch.linalg.inv(affines[0][0]) @ affines[1][0])
+def scan_grid(meta: Mapping) -> tuple[torch.Tensor, list[int]]:
+    """Return affine (4, 4) and voxels of a scan's own grid from the metadata of its image, or of a batch of one."""
+    affine = torch.as_tensor(meta["original_affine"], dtype=torch.float64).cpu().reshape(4, 4)
+    return affine, [int(n) for n in np.asarray(meta["spatial_shape"]).ravel()[:3]]
+
+
+def knows_scan_grid(image: MetaTensor) -> bool:
+    """Say whether the metadata of a 3D image, or of a batch of one, have the grid of its file."""
+    found = image.meta.get("original_affine")
+    return found is not None and "spatial_shape" in image.meta and np.size(found) == 16 and image.affine.numel() == 16
+
+
+def _lies_on(labels: torch.Tensor, affine: torch.Tensor, shape: Sequence[int]) -> bool:
+    """Say whether labels (1, X, Y, Z) are on a grid already, as their own metadata have it."""
+    decided = isinstance(labels, MetaTensor) and not labels.is_floating_point()
+    return decided and list(labels.shape[1:]) == list(shape) and torch.equal(labels.affine.double().cpu(), affine)
+
+
+def has_native_voxels(image: MetaTensor) -> bool:
+    """Say whether the voxels of an image that `knows_scan_grid` are those of its file, turned or cropped at most."""
+    own = image.affine.double().cpu().reshape(4, 4)
+    return _voxels_meet(torch.linalg.inv(own) @ scan_grid(image.meta)[0])

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from monai import inferers
-from monai.data import MetaTensor
+from monai.data import MetaTensor, decollate_batch
 from scipy.ndimage import gaussian_filter
 
+from scripts.inference.ensemble import Ensemble
 from scripts.inference.sliding_window import SlidingWindowInferer, nnunet_starts, nnunet_weights
+from scripts.inference.window_sums import WindowSums
 from scripts.kernels.cpu import bfloat16_pays
-from scripts.preprocessing.resampling import LabelsOnScanGridd
+from scripts.preprocessing.resampling import LabelsOnGrid, LabelsOnScanGridd, labels_on_grid
 from scripts.utils.errors import UserError
 
 ROI = (16, 16, 16)
@@ -87,11 +89,115 @@ class TestLabelsEarly:
         assert len(expected.unique()) > 2
         assert torch.equal(found, expected)
 
-    def test_a_scan_that_was_resampled_keeps_its_scores(self):
+    def test_a_scan_that_does_not_know_its_grid_keeps_its_scores(self):
         inferer = SlidingWindowInferer(ROI, activation="softmax", labels_early=True)
         resampled = self.scan_of(np.diag([1.0, 1, 1, 1]), np.diag([0.8, 0.8, 1, 1]))
-        assert inferer(resampled[None], network).shape == (1, 3, 40, 33, 21)
         assert inferer(resampled[None].as_tensor(), network).shape == (1, 3, 40, 33, 21)
+        del resampled.meta["spatial_shape"]
+        assert inferer(resampled[None], network).shape == (1, 3, 40, 33, 21)
+
+
+def grids(name: str) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], tuple[int, ...]]:
+    """Affine of the network's grid and of the scan's, voxels of both."""
+    turn = np.eye(4)
+    turn[:3, :3] = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)) * 0.1 + np.eye(3))[0]
+    stored = {
+        "finer": np.diag([0.7, 0.8, 1.6, 1]),
+        "flipped": np.array([[-0.7, 0, 0, 39], [0, -1.3, 0, 32], [0, 0, 2.0, 0.3], [0, 0, 0, 1]]),
+        "permuted": np.array([[0, 0, 1.1, 0], [0.9, 0, 0, 0], [0, -1.2, 0, 20], [0, 0, 0, 1]]),
+        "shifted": np.array([[1, 0, 0, 4.5], [0, 1.0, 0, 3], [0, 0, 1.0, -5], [0, 0, 0, 1]]),
+        "oblique": turn @ np.diag([0.7, 0.8, 1.6, 1]),
+        "coarser": np.diag([3.0, 2.5, 4, 1]),
+    }[name]
+    own = np.eye(4)
+    shape = (40, 33, 21)
+    if name == "oblique":
+        own = turn
+    corners = np.array(list(itertools.product(*[(0, n) for n in shape]))) @ own[:3, :3].T + own[:3, 3]
+    there = (corners - stored[:3, 3]) @ np.linalg.inv(stored[:3, :3]).T
+    return own, stored, shape, tuple(int(n) for n in np.ceil(there.max(0)).clip(1))
+
+
+class TestLabelsOnTheScansGrid:
+    """Where voxels were resampled, labels come out on the scan's grid: those of all scores at once, to the voxel."""
+
+    @staticmethod
+    def compare(name: str, shape: tuple[int, ...] | None = None, roi=ROI, net=network, **options):
+        own, stored, size, scan_size = grids(name)
+        meta = {"original_affine": stored, "spatial_shape": np.array(scan_size)}
+        image = MetaTensor(scan(*(shape or size))[0].float(), affine=own, meta=meta)
+        options = {"activation": "softmax", "overlap": 0.5, **options}
+        order = options.pop("region_order", None)
+        scores = SlidingWindowInferer(roi, **options)(image[None], net)[0]
+        (found,) = decollate_batch(
+            SlidingWindowInferer(roi, labels_early=True, region_order=order, **options)(image[None], net)
+        )
+        assert found.shape == (1, *scan_size)
+        back = LabelsOnScanGridd("pred", region_order=order)
+        expected, after = (back({"image": image, "pred": pred})["pred"] for pred in (scores, found))
+        assert torch.equal(after, expected)
+        assert torch.equal(found.as_tensor(), expected.as_tensor())
+        assert (after.dtype, after.meta["spatial_shape"].tolist()) == (expected.dtype, list(scan_size))
+        np.testing.assert_array_equal(after.affine, stored)
+        assert len(expected.unique()) > 1
+
+    @pytest.mark.parametrize("name", ["finer", "flipped", "permuted", "shifted", "oblique", "coarser"])
+    @pytest.mark.parametrize("window_scheme", ["monai", "nnunet"])
+    def test_any_grid_gets_the_labels_of_its_scores(self, name, window_scheme, monkeypatch):
+        monkeypatch.setattr(LabelsOnGrid.__init__, "__defaults__", (None, None, 2000))  # many slabs
+        monkeypatch.setattr(labels_on_grid, "__defaults__", (None, None, 2000))
+        self.compare(name, window_scheme=window_scheme)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"mirror_axes": [0, 2]},
+            {"mirror_axes": [0, 1, 2]},
+            {"overlap": 0.0},
+            {"overlap": 0.9},
+            {"full_precision_gb": 0},
+            {"activation": "sigmoid", "region_order": (1, 300, 2)},
+            {"activation": None},
+            {"shape": (12, 60, 9)},  # smaller than a window along two axes
+            {"roi": (40, 33, 21)},
+            {"roi": (16, 12, 1), "net": lambda x: network(x)},  # a network of slices
+        ],
+        ids=str,
+    )
+    def test_any_way_of_averaging_gets_the_labels_of_its_scores(self, options, monkeypatch):
+        monkeypatch.setattr(LabelsOnGrid.__init__, "__defaults__", (None, None, 2000))
+        monkeypatch.setattr(labels_on_grid, "__defaults__", (None, None, 2000))
+        self.compare("finer", **options)
+        self.compare("flipped", **options)
+
+    def test_an_ensemble_gets_the_labels_of_its_scores(self):
+        members = [torch.nn.Conv3d(1, 3, 3, padding=1) for _ in range(2)]
+        with torch.inference_mode():
+            self.compare("flipped", net=Ensemble(members, "softmax"))
+
+
+class TestMemory:
+    """Sums live only as long as windows reach them."""
+
+    def test_no_more_blocks_are_held_than_windows_overlap(self, monkeypatch):
+        held = []
+        add = WindowSums.add
+
+        def watched(self, *args):
+            add(self, *args)
+            held.append(sum(block[0].numel() for block in self.blocks.values()))
+
+        monkeypatch.setattr(WindowSums, "add", watched)
+        SlidingWindowInferer(ROI, 0.5)(scan(128, 96, 16), network)
+        assert max(held) <= (8 * 96 + 16 * 16) * 16  # half a layer of windows, and the row of windows in work
+        assert sum(held) > 0
+
+    def test_the_windows_of_a_scan_are_counted(self):
+        seen = []
+        inferer = SlidingWindowInferer(ROI, 0.5)
+        inferer.watch = lambda done, count: seen.append((done, count))
+        inferer(scan(40, 24, 16), network)
+        assert seen == [(i, 8) for i in range(1, 9)]
 
 
 class TestNnunetTiles:
