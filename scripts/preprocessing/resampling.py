@@ -250,8 +250,8 @@ def scan_grid(meta: Mapping) -> tuple[torch.Tensor, list[int]]:
 
 def knows_scan_grid(image: MetaTensor) -> bool:
     """Say whether the metadata of a 3D image, or of a batch of one, have the grid of its file."""
-    found = image.meta.get("original_affine")
-    return found is not None and "spatial_shape" in image.meta and np.size(found) == 16 and image.affine.numel() == 16
+    found = [image.meta.get(name) for name in ("original_affine", "spatial_shape", "affine")]
+    return all(part is not None for part in found) and [np.asarray(part).size for part in found] == [16, 3, 16]
 
 
 def _lies_on(labels: torch.Tensor, affine: torch.Tensor, shape: Sequence[int]) -> bool:

@@ -45,72 +45,112 @@ class SegmentationLoss(nn.Module):
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Compute the loss of logits (N, channels, *space) and labels (N, 1, *space); 0 where nothing is known."""
         logits, label = (t.as_tensor() if isinstance(t, MetaTensor) else t for t in (logits, label))
-        entropy, overlap, probable, true = _Sums.apply(logits, label, self.regions, self.ignore)
-        first = 1 if self.regions is None else 0
-        overlap, both = overlap[:, first:], (probable + true)[:, first:]
+        kind = _Exclusive() if self.regions is None else _Overlapping(self.regions)
+        entropy, overlap, probable, true = _Sums.apply(logits, label, kind, self.ignore)
+        entropies = label.numel() if self.ignore is None else (label.long() != self.ignore).sum().clamp_min(1)
+        if self.regions is None:
+            overlap, probable, true = overlap[:, 1:], probable[:, 1:], true[:, 1:]
+        else:
+            entropies = entropies * len(self.regions)
+        both = probable + true
         if self.batch_dice:
             overlap, both = overlap.sum(0), both.sum(0)
-        return (entropy + 1 - ((2 * overlap + self.smooth) / (both + self.smooth)).mean()).float()
+        dice = (2 * overlap + self.smooth) / (both + self.smooth)
+        return (entropy.sum() / entropies + 1 - dice.mean()).float()
 
 
 class _Sums(torch.autograd.Function):
-    """Mean cross entropy, and of each patch and channel the sums of p where the label is there, of p, and of the label.
+    """Sums over the voxels of patches: their entropy, and of each channel p where it is true, p, and where it is true.
 
-    The gradient by a voxel's logits follows from its probabilities p, which are computed again, and from the gradients
-    by these sums; the sums are float64, as millions of voxels need.
+    They are (patches), and three times (patches, channels), in float64, as millions of voxels need. The gradient by a
+    voxel's logits follows from its probabilities p, which are computed again, and from the gradients by these sums.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, label: torch.Tensor, regions: Regions, ignore: int | None) -> Any:
+    def forward(ctx: Any, logits: torch.Tensor, label: torch.Tensor, kind: _Kind, ignore: int | None) -> Any:
         """Read the patches once."""
         flat, label = logits.flatten(2), label.flatten(1)
-        entropy, known = flat.new_zeros((2,), dtype=torch.float64)
-        overlap, probable, true = flat.new_zeros((3, *flat.shape[:2]), dtype=torch.float64)
+        entropy = flat.new_zeros(len(flat), dtype=torch.float64)
+        of_channels = flat.new_zeros((3, *flat.shape[:2]), dtype=torch.float64)
         for patch, voxels in _pieces(flat):
-            x, own, truth, here = _piece(flat[patch, :, voxels], label[patch, voxels], regions, ignore)
-            p, loss = _entropy(x, own, None if regions is None else truth)
-            if here is not None:
-                p, loss = p * here, loss * here
-            entropy += loss.sum()
-            known += x.shape[1] if here is None else here.sum()
-            probable[patch] += p.sum(1)
-            overlap[patch] += p.mul_(truth).sum(1)
-            true[patch] += truth.sum(1)
-        scale = 1 / (known * (1 if regions is None else flat.shape[1])).clamp_min(1)
-        ctx.save_for_backward(logits, label, scale)
-        ctx.regions, ctx.ignore = regions, ignore
-        ctx.mark_non_differentiable(true)
-        return entropy * scale, overlap, probable, true
+            x = flat[patch, :, voxels].float().contiguous()
+            loss, *found = kind.sums(x, *_known(label[patch, voxels], ignore))
+            entropy[patch] += loss
+            for total, some in zip(of_channels, found, strict=True):
+                total[patch] += some
+        ctx.save_for_backward(logits, label)
+        ctx.kind, ctx.ignore = kind, ignore
+        return entropy, *of_channels
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """Read the patches again."""
-        logits, label, scale = ctx.saved_tensors
+        logits, label = ctx.saved_tensors
         flat = logits.flatten(2)
         found = torch.empty_like(flat)
-        by_entropy = (gradients[0] * scale).float()
-        by_overlap, by_probable = (g.float()[:, :, None] for g in gradients[1:3])
+        by_entropy, by_overlap, by_probable = (g.float() for g in gradients[:3])
         for patch, voxels in _pieces(flat):
-            x, _, truth, here = _piece(flat[patch, :, voxels], label[patch, voxels], ctx.regions, ctx.ignore)
-            by_p = torch.addcmul(by_probable[patch], by_overlap[patch], truth)
-            if ctx.regions is None:
-                p = x.softmax(0)
-                by_x = by_p.sub_((by_p * p).sum(0)).mul_(p)
-            else:
-                p = x.sigmoid()
-                by_x = by_p.mul_(p).mul_(1 - p)
-            by_x.addcmul_(p.sub_(truth), by_entropy)
+            own, here = _known(label[patch, voxels], ctx.ignore)
+            x = flat[patch, :, voxels].float().contiguous()
+            by_x = ctx.kind.gradient(x, own, by_entropy[patch], by_overlap[patch], by_probable[patch])
             found[patch, :, voxels] = by_x if here is None else by_x.mul_(here)
         return found.view(logits.shape), None, None, None
 
 
-def _entropy(x: torch.Tensor, own: torch.Tensor, truth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute probabilities and entropy: of regions where their `truth` is given, else of exclusive labels."""
-    if truth is not None:
-        return x.sigmoid(), F.binary_cross_entropy_with_logits(x, truth, reduction="none")
-    logarithms = x.log_softmax(0)
-    loss = -logarithms.gather(0, own[None])  # which refuses labels that the network does not have
-    return logarithms.exp_(), loss
+class _Exclusive:
+    """Labels of which a voxel has one: softmax and cross entropy."""
+
+    def sums(self, x: torch.Tensor, own: torch.Tensor, here: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Sum up logits (channels, voxels) by the voxels' `own` labels, those that are `here`, as `_Sums` has it."""
+        logarithms = x.log_softmax(0)
+        log_own = logarithms.gather(0, own[None])[0]  # refuses labels that the network does not have
+        p, p_own, one = logarithms.exp_(), log_own.exp(), torch.ones_like(log_own)
+        if here is not None:
+            p, p_own, log_own, one = p.mul_(here), p_own * here, log_own * here, here
+        overlap, true = (x.new_zeros(len(x), dtype=torch.float64).index_add_(0, own, v.double()) for v in (p_own, one))
+        return -log_own.sum(), overlap, p.sum(1), true
+
+    def gradient(
+        self, x: torch.Tensor, own: torch.Tensor, by_entropy: torch.Tensor, by_overlap: torch.Tensor, by_p: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the gradient by logits (channels, voxels) from those by the sums."""
+        p = x.softmax(0)
+        p_own = p.gather(0, own[None])
+        by_p_own = by_overlap[own] * p_own
+        mean = by_p[None] @ p + by_p_own  # of the gradients by p, weighted by p
+        by_x = p.mul_(by_p[:, None] + by_entropy - mean)
+        return by_x.scatter_(0, own[None], by_x.gather(0, own[None]) + by_p_own - by_entropy)
+
+
+class _Overlapping:
+    """Regions, each of some labels: sigmoid and binary cross entropy of each."""
+
+    def __init__(self, regions: Sequence[Sequence[int]]) -> None:
+        self.regions = regions
+
+    def _truth(self, own: torch.Tensor) -> torch.Tensor:
+        """Mark the voxels of each region."""
+        return torch.stack(
+            [torch.isin(own, torch.tensor(region, device=own.device)) for region in self.regions]
+        ).float()
+
+    def sums(self, x: torch.Tensor, own: torch.Tensor, here: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Sum up logits (channels, voxels) by the voxels' `own` labels, those that are `here`, as `_Sums` has it."""
+        truth, p = self._truth(own), x.sigmoid()
+        loss = F.binary_cross_entropy_with_logits(x, truth, reduction="none")
+        if here is not None:
+            truth, p, loss = truth * here, p * here, loss * here
+        return loss.sum(), (p * truth).sum(1), p.sum(1), truth.sum(1)
+
+    def gradient(
+        self, x: torch.Tensor, own: torch.Tensor, by_entropy: torch.Tensor, by_overlap: torch.Tensor, by_p: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the gradient by logits (channels, voxels) from those by the sums."""
+        truth, p = self._truth(own), x.sigmoid()
+        return (by_overlap[:, None] * truth + by_p[:, None]) * p * (1 - p) + by_entropy * (p - truth)
+
+
+_Kind = _Exclusive | _Overlapping
 
 
 def _pieces(flat: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -121,20 +161,10 @@ def _pieces(flat: torch.Tensor) -> Iterator[tuple[int, slice]]:
             yield patch, slice(start, start + step)
 
 
-def _piece(
-    logits: torch.Tensor, label: torch.Tensor, regions: Regions, ignore: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Prepare some voxels: logits, labels (0 where unknown), what belongs to each channel, and which voxels count.
-
-    All are (channels, voxels) or (voxels), float32 but for the labels.
-    """
+def _known(label: torch.Tensor, ignore: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the labels of some voxels, 0 where they are unknown, and 1 where they count; None where all do."""
     label = label.long()
-    here = None if ignore is None else label != ignore
-    own = label if here is None else label * here
-    if regions is None:
-        truth = own == torch.arange(len(logits), device=label.device)[:, None]
-    else:
-        truth = torch.stack([torch.isin(own, torch.tensor(region, device=label.device)) for region in regions])
-    if here is None:
-        return logits.float(), own, truth.float(), None
-    return logits.float(), own, (truth & here).float(), here.float()
+    if ignore is None:
+        return label, None
+    here = label != ignore
+    return label * here, here.float()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai import inferers
-from monai.data import MetaTensor, decollate_batch
+from monai.data import MetaTensor, decollate_batch, list_data_collate
 from scipy.ndimage import gaussian_filter
 
 from scripts.inference.ensemble import Ensemble
@@ -129,8 +129,9 @@ class TestLabelsOnTheScansGrid:
         options = {"activation": "softmax", "overlap": 0.5, **options}
         order = options.pop("region_order", None)
         scores = SlidingWindowInferer(roi, **options)(image[None], net)[0]
+        batch = list_data_collate([image])  # as a loader makes it
         (found,) = decollate_batch(
-            SlidingWindowInferer(roi, labels_early=True, region_order=order, **options)(image[None], net)
+            SlidingWindowInferer(roi, labels_early=True, region_order=order, **options)(batch, net)
         )
         assert found.shape == (1, *scan_size)
         back = LabelsOnScanGridd("pred", region_order=order)
