@@ -144,6 +144,8 @@ class SlidingWindowInferer(Inferer):
         for window in product(*spans[1:]):
             layer[(slice(None), *window)] += weight
         sums, count = WindowSums(starts, size, weight), math.prod(map(len, starts))
+        if self.watch is not None:
+            self.watch(0, count)
         for done, at in enumerate(product(*spans), start=1):
             predict = self._predict(image[(slice(None), slice(None), *at)], network)
             for rows in self._chunks(image):
