@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.data.utils import collate_meta_tensor
 
 from ..preprocessing.resampling import LabelsOnGrid, decide_labels, label_type, scan_grid
+from ..utils.device import passing_zeros
 from .window_sums import Block
 
 PLANES = 8  # that are handed on to be resampled at once
@@ -41,7 +42,7 @@ class Storage:
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """Allocate a tensor there."""
-        return torch.empty(list(shape), device=self.device, dtype=self.dtype)
+        return passing_zeros(shape, torch.empty(0, device=self.device, dtype=self.dtype))
 
 
 class Scores:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..utils.device import passing_zeros
+
 
 class Block(NamedTuple):
     """The finished mean scores (classes, planes, rows, ..) of a part of a scan, and where along two axes it lies."""
@@ -55,7 +57,7 @@ class WindowSums:
         key = (planes.start, rows.start)
         if key not in self.blocks:
             shape = (len(like), planes.stop - planes.start, rows.stop - rows.start, *self.size[2:])
-            self.blocks[key] = like.new_zeros(shape)
+            self.blocks[key] = passing_zeros(shape, like)
         return self.blocks[key]
 
     def finished(self, layer: torch.Tensor, first: int, second: int) -> Iterator[Block]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import mmap
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,18 @@ def set_cpu_defaults(device: str | torch.device) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def passing_zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Make zeros of a tensor's type and device that, on a CPU, the system has back as soon as they are freed.
+
+    Large tensors of many sizes that come and go would leave holes in the memory that `set_cpu_defaults` keeps.
+    """
+    size = math.prod(shape)
+    if like.device.type != "cpu" or not size or not hasattr(mmap, "MAP_PRIVATE"):
+        return like.new_zeros(list(shape))
+    memory = mmap.mmap(-1, size * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).view(list(shape))
 
 
 def amp_kwargs(device: str | torch.device) -> dict[str, Any]:
