@@ -181,18 +181,23 @@ class MedNeXt(nn.Module):
                 pad = [0, m] + pad  # noqa: RUF005 (scripted)
             x = F.pad(x, pad)
 
-        x = self.stem(x) if torch.jit.is_scripting() else pointwise(self.stem, x, self.kernels)  # (N, C, D, H, W)
-        x0 = self.enc_block_0(x)
+        # without gradients memory is free as soon as nothing has its name: levels of the encoder give theirs away
+        x0 = self.stem(x) if torch.jit.is_scripting() else pointwise(self.stem, x, self.kernels)  # (N, C, D, H, W)
+        x0 = self.enc_block_0(x0)
         x1 = self.enc_block_1(self.down_0(x0))  # (N, 2C, D/2, H/2, W/2)
         x2 = self.enc_block_2(self.down_1(x1))
         x3 = self.enc_block_3(self.down_2(x2))
         y4 = self.bottleneck(self.down_3(x3))  # (N, 16C, D/16, H/16, W/16)
-        y3 = self.dec_block_3(self.up_3(y4) + x3)
-        y2 = self.dec_block_2(self.up_2(y3) + x2)
-        y1 = self.dec_block_1(self.up_1(y2) + x1)
-        y0 = self.dec_block_0(self.up_0(y1) + x0)  # (N, C, D, H, W)
+        x3 = self.up_3(y4) + x3
+        y3 = self.dec_block_3(x3)
+        x2 = self.up_2(y3) + x2
+        y2 = self.dec_block_2(x2)
+        x1 = self.up_1(y2) + x1
+        y1 = self.dec_block_1(x1)
+        x0 = self.up_0(y1) + x0
+        x0 = self.dec_block_0(x0)  # (N, C, D, H, W)
 
-        logits = _crop(self.out_0(y0), size)  # (N, n_classes, D, H, W)
+        logits = _crop(self.out_0(x0), size)  # (N, n_classes, D, H, W)
         if not torch.jit.is_scripting() and self.do_ds and self.training:
             coarse = (self.out_1(y1), self.out_2(y2), self.out_3(y3), self.out_4(y4))
             sizes = ([-(-n // 2**level) for n in size] for level in range(1, LEVELS + 1))
