@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from ..utils.device import total_memory
-from ..utils.errors import UserError
 
 SMALLEST = 16  # voxels: what the network halves four times
 # bytes a voxel while it is resampled, and for each channel (docs/benchmarks/preprocessing_2-core-cpu_2026-11-21.md)
@@ -29,7 +28,7 @@ def grid_fault(
     if not all(math.isfinite(edge) and edge > 0 for edge in (*spacing, *grid)):
         return None  # other checks say so
     wanted = [n * edge / step for n, edge, step in zip(shape, spacing, grid, strict=True)]
-    needed = math.prod(map(float, wanted)) * (PEAK_BYTES + CHANNEL_BYTES * channels)
+    needed = resampling_bytes(wanted, channels)
     memory = total_memory()
     if max(wanted) >= SMALLEST - 0.5 and needed <= memory:
         return None
@@ -46,12 +45,9 @@ def grid_fault(
     )
 
 
-def require_grid(
-    name: str, shape: Sequence[int], spacing: Sequence[float], grid: Sequence[float], channels: int = 1
-) -> None:
-    """Raise UserError where `grid_fault` finds one."""
-    if fault := grid_fault(name, shape, spacing, grid, channels):
-        raise UserError(fault)
+def resampling_bytes(shape: Sequence[float], channels: int) -> float:
+    """Count the bytes that resampling onto a grid of so many voxels takes."""
+    return math.prod(map(float, shape)) * (PEAK_BYTES + CHANNEL_BYTES * channels)
 
 
 def record_faults(records: Sequence[dict], grid: Sequence[float]) -> list[tuple[dict, str]]:

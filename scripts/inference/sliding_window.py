@@ -131,6 +131,7 @@ class SlidingWindowInferer(Inferer):
         for block in self._means(image, network):
             result = result or make((len(block.means), *image.shape[2:]), inside)
             result.put(block)
+            del block  # before the next window is computed
         assert result is not None, "there is a window in every scan"
         return result.get()
 
@@ -150,6 +151,7 @@ class SlidingWindowInferer(Inferer):
             predict = self._predict(image[(slice(None), slice(None), *at)], network)
             for rows in self._chunks(image):
                 sums.add(at, rows, predict(rows))
+            del predict  # and the logits that it holds
             if self.watch is not None:
                 self.watch(done, count)
             if all(span is along[-1] for span, along in zip(at[2:], spans[2:], strict=True)):

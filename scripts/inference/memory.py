@@ -1,0 +1,95 @@
+"""What segmenting a scan takes of memory at most, known before anything of that size is made."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+
+from ..data.grid import resampling_bytes
+from ..preprocessing.intensity import nonzero_shape
+from ..utils.device import total_memory
+from ..utils.errors import UserError
+from .sliding_window import SlidingWindowInferer
+
+PROCESS = 0.9e9  # bytes of Python with its libraries and a network's weights
+FEATURES = 9 * 32  # numbers a voxel that a network holds at once, see docs/benchmarks/inference-memory
+SLAB = 0.3e9  # bytes while labels are decided on a part of the scan's grid
+WORTH_SAYING = 2e9  # bytes
+
+logger = logging.getLogger("mednext")
+
+
+class CheckMemoryd(MapTransform):
+    """Says what segmenting a scan takes of memory at most, and refuses one for which this computer has too little.
+
+    Args:
+        keys: images (C, X, Y, Z) on their stored voxels in RAS order.
+        spacing: of the network's grid in mm.
+        classes: of the network's output.
+        inferer: that will segment them in this memory; None where a GPU does, in its own.
+        crop: whether they will be cropped to their non-zero voxels.
+
+    Raises:
+        UserError: the computer has less; the message names the file.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: Sequence[float],
+        classes: int,
+        inferer: SlidingWindowInferer | None,
+        crop: bool = False,
+    ) -> None:
+        super().__init__(keys)
+        self.spacing, self.classes, self.inferer, self.crop = list(spacing), classes, inferer, crop
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            image = data[key]
+            shape = list(nonzero_shape(image) if self.crop else image.shape[1:])
+            edges = image.pixdim.tolist()
+            grid = [max(round(n * a / b), 1) for n, a, b in zip(shape, edges, self.spacing, strict=True)]
+            stored = image[0].numel()
+            needed = resampling_bytes(grid, len(image)) + 4 * len(image) * stored
+            if self.inferer is not None:
+                needed = max(needed, window_bytes(self.inferer, grid, len(image), self.classes) + 2 * stored)
+            self._tell(str(image.meta.get("filename_or_obj", "the image")), grid, PROCESS + needed)
+        return data
+
+    def _tell(self, name: str, grid: Sequence[int], needed: float) -> None:
+        on_grid = " x ".join(map(str, grid))
+        if needed > (memory := total_memory()):
+            raise UserError(
+                f"{name}: its {on_grid} voxels of the network's grid with {self.classes} classes take up to"
+                f" {needed / 1e9:.3g} GB of memory, of which this computer has {memory / 1e9:.3g}: crop the scan, use a"
+                " network of a coarser grid, or a larger computer."
+            )
+        if needed > WORTH_SAYING:
+            logger.info("%s: %s voxels on the network's grid, at most %.2g GB of memory", name, on_grid, needed / 1e9)
+
+
+def window_bytes(inferer: SlidingWindowInferer, size: Sequence[int], channels: int, classes: int) -> float:
+    """Count the bytes of image, sums, scores that wait for their slab, and a window, while windows are added up.
+
+    Args:
+        inferer: the sliding window.
+        size: voxels of the scan on the network's grid.
+        channels: of the image.
+        classes: of the scores.
+    """
+    roi = inferer.roi_size
+    size = [max(n, r) for n, r in zip(size, roi, strict=True)]
+    planes = inferer.starts(size[0], roi[0], inferer.overlap)
+    finished = max(b - a for a, b in zip(planes, [*planes[1:], size[0]], strict=True))
+    kept = max([a + roi[0] - b for a, b in pairwise(planes)], default=0)
+    small = classes * math.prod(size) * 4 <= inferer.full_precision_gb * 1e9
+    rows = 4 * (roi[0] * roi[1] + kept * (size[1] - roi[1])) + (4 if small else 2) * min(finished, roi[0]) * size[1]
+    scores = classes * (2 if inferer.mirrored else 1)
+    window = math.prod(roi) * (FEATURES * (2 if inferer.halves() else 4) + 4 * scores)
+    return 4 * channels * math.prod(size) + classes * rows * math.prod(size[2:]) + window + SLAB
