@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
@@ -71,7 +70,7 @@ class CheckMemoryd(MapTransform):
                 " network of a coarser grid, or a larger computer."
             )
         if needed > WORTH_SAYING:
-            logger.info("%s: %s voxels on the network's grid, at most %.2g GB of memory", name, on_grid, needed / 1e9)
+            logger.info("%s: %s voxels on the network's grid, at most %.3g GB of memory", name, on_grid, needed / 1e9)
 
 
 def window_bytes(inferer: SlidingWindowInferer, size: Sequence[int], channels: int, classes: int) -> float:
@@ -86,10 +85,14 @@ def window_bytes(inferer: SlidingWindowInferer, size: Sequence[int], channels: i
     roi = inferer.roi_size
     size = [max(n, r) for n, r in zip(size, roi, strict=True)]
     planes = inferer.starts(size[0], roi[0], inferer.overlap)
-    finished = max(b - a for a, b in zip(planes, [*planes[1:], size[0]], strict=True))
-    kept = max([a + roi[0] - b for a, b in pairwise(planes)], default=0)
-    small = classes * math.prod(size) * 4 <= inferer.full_precision_gb * 1e9
-    rows = 4 * (roi[0] * roi[1] + kept * (size[1] - roi[1])) + (4 if small else 2) * min(finished, roi[0]) * size[1]
+    following = [*planes[1:], size[0]]
+    kept = [max(a + roi[0] - b, 0) for a, b in zip(planes, following, strict=True)]  # behind each layer of windows
+    waiting = 4 if classes * math.prod(size) * 4 <= inferer.full_precision_gb * 1e9 else 2  # bytes of a stored score
+    row = max(
+        max(4 * before, 4 * after + waiting * min(end - start, roi[0]))
+        for before, after, start, end in zip([0, *kept], kept, planes, following, strict=False)
+    )
+    rows = max(4 * roi[0] * roi[1] + row * (size[1] - roi[1]), row * size[1])
     scores = classes * (2 if inferer.mirrored else 1)
     window = math.prod(roi) * (FEATURES * (2 if inferer.halves() else 4) + 4 * scores)
     return 4 * channels * math.prod(size) + classes * rows * math.prod(size[2:]) + window + SLAB
