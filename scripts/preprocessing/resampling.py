@@ -256,8 +256,9 @@ def knows_scan_grid(image: MetaTensor) -> bool:
 
 def _lies_on(labels: torch.Tensor, affine: torch.Tensor, shape: Sequence[int]) -> bool:
     """Say whether labels (1, X, Y, Z) are on a grid already, as their own metadata have it."""
-    decided = isinstance(labels, MetaTensor) and not labels.is_floating_point()
-    return decided and list(labels.shape[1:]) == list(shape) and torch.equal(labels.affine.double().cpu(), affine)
+    if not isinstance(labels, MetaTensor) or labels.is_floating_point():
+        return False
+    return list(labels.shape[1:]) == list(shape) and torch.equal(labels.affine.double().cpu(), affine)
 
 
 def has_native_voxels(image: MetaTensor) -> bool:
