@@ -17,10 +17,12 @@ from monai.inferers import Inferer
 
 from ..kernels.cpu import bfloat16_pays
 from ..preprocessing.resampling import has_native_voxels, knows_scan_grid
+from ..utils.device import give_memory_back
 from ..utils.errors import UserError
 from .window_results import Labels, LabelsOnScan, Result, Scores, Storage
 from .window_sums import Block, WindowSums
 
+LARGE = 2**24  # voxels of a scan, from which on memory is given back between layers of windows
 ROWS = 8  # of a window, whose scores a CPU computes at once
 
 Network = Callable[..., torch.Tensor]
@@ -145,6 +147,9 @@ class SlidingWindowInferer(Inferer):
         for window in product(*spans[1:]):
             layer[(slice(None), *window)] += weight
         sums, count = WindowSums(starts, size, weight), math.prod(map(len, starts))
+        large = image.device.type == "cpu" and len(starts[0]) > 1 and image.numel() > LARGE
+        if large:
+            give_memory_back()  # what preparing the scan has left
         if self.watch is not None:
             self.watch(0, count)
         for done, at in enumerate(product(*spans), start=1):
@@ -156,6 +161,8 @@ class SlidingWindowInferer(Inferer):
                 self.watch(done, count)
             if all(span is along[-1] for span, along in zip(at[2:], spans[2:], strict=True)):
                 yield from sums.finished(layer, at[0].start, at[1].start)
+                if large and at[1] is spans[1][-1]:
+                    give_memory_back()  # holes between what this layer of windows has left
 
     def _chunks(self, image: torch.Tensor) -> list[slice]:
         """Cut a window into rows whose scores are computed at once: on a CPU few, which its cache holds."""

@@ -93,6 +93,12 @@ def set_cpu_defaults(device: str | torch.device) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_memory_back() -> None:
+    """Return to the system what was freed and kept so far (glibc only), where tensors of other sizes follow."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def passing_zeros(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Make zeros of a tensor's type and device that, on a CPU, the system has back as soon as they are freed.
 

@@ -24,7 +24,7 @@ def scan(*shape: int, spacing: float = 1.0) -> dict:
 
 
 @pytest.mark.parametrize("window_scheme", ["monai", "nnunet"])
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("size", [(40, 33, 21), (16, 70, 16), (61, 16, 9)])
 def test_sums_take_no_more_than_is_said(size, overlap, window_scheme, monkeypatch):
     held = []
@@ -42,7 +42,7 @@ def test_sums_take_no_more_than_is_said(size, overlap, window_scheme, monkeypatc
     assert max(held) <= window_bytes(inferer, size, 1, 3) - others <= 4 * max(held) + 4 * 3 * padded
 
 
-@pytest.mark.parametrize(("classes", "said"), [(15, "at most 5.25 GB"), (104, "at most 13.1 GB")])
+@pytest.mark.parametrize(("classes", "said"), [(15, "at most 5.35 GB"), (104, "at most 13.2 GB")])
 def test_a_large_scan_is_announced(classes, said, caplog):
     check = CheckMemoryd("image", [1.0] * 3, classes, SlidingWindowInferer((128,) * 3, 0.5, window_scheme="nnunet"))
     with caplog.at_level(logging.INFO, "mednext"):

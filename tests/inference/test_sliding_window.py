@@ -155,7 +155,7 @@ class TestLabelsOnTheScansGrid:
             {"mirror_axes": [0, 2]},
             {"mirror_axes": [0, 1, 2]},
             {"overlap": 0.0},
-            {"overlap": 0.9},
+            {"overlap": 0.75},
             {"full_precision_gb": 0},
             {"activation": "sigmoid", "region_order": (1, 300, 2)},
             {"activation": None},
