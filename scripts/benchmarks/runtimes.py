@@ -30,7 +30,7 @@ class Compiling(nn.Module):
 
     def __init__(self, network: nn.Module, compiler: Callable[[nn.Module, torch.Tensor], Compiled]) -> None:
         super().__init__()
-        self.network, self.compiler = network.eval(), compiler
+        self.network, self.compiler = network.eval().requires_grad_(False), compiler
         self.compiled: dict[torch.Size, Compiled] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
