@@ -20,7 +20,7 @@ import torch
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # of a user who has decided
 CROWDED, CALM = 0.25, 0.1  # seconds a second that threads wait for a processor: from where they sleep, and spin again
-TICK = 0.5  # seconds between two looks; a thread's turn on a processor takes milliseconds
+TICK = 0.2  # seconds between two looks; a turn of a thread on a processor takes milliseconds
 PAUSE_HARD = 2  # omp_pause_hard of omp.h: all threads of the calling thread's team end
 TASKS = Path("/proc/self/task")  # Linux has of each thread how long it waited for a processor
 
