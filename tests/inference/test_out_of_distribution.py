@@ -18,6 +18,7 @@ from scripts.inference.out_of_distribution import (
     out_of_range,
 )
 from scripts.inference.predictor import Predictor
+from scripts.kernels.cpu import bfloat16_pays
 from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.training_ranges import learn_training_ranges
 from scripts.utils.errors import UserError
@@ -87,6 +88,7 @@ class TestInference:
     def test_a_scan_as_in_training_has_its_measures_in_the_report(self, segmented):
         row = segmented[1]["as_trained"]
         assert row["scan"].endswith("/as_trained.nii.gz")
+        assert row["precision"] == ("bfloat16" if bfloat16_pays() else "float32")
         assert float(row["extent x (mm)"]) > 0
         assert "extent" not in row["unlike the training cases"]
         assert "contrast" not in row["unlike the training cases"]
