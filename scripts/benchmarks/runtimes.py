@@ -36,7 +36,8 @@ class Compiling(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the logits of images."""
         if x.shape not in self.compiled:
-            self.compiled[x.shape] = self.compiler(self.network, x)
+            with torch.autocast("cpu", enabled=False):  # which they cannot convert
+                self.compiled[x.shape] = self.compiler(self.network, x)
         return self.compiled[x.shape](x)
 
 
