@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from scripts.kernels.cpu import bfloat16_pays
+from scripts.kernels.precision import bfloat16_pays
 from scripts.utils import errors
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,21 +10,13 @@ products are bfloat16; weights stay as they are and get their gradients in their
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import logging
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils.files import remembered, write_whole
 from . import mlp, native
 from .backend import Moments, Weights, channels_last, foreign, plain
 from .cpu_mlp import CpuRows
@@ -32,11 +24,6 @@ from .fallback import Fallback
 from .native import Native
 from .native_mlp import NativeRows
 from .reference import CONV, pointwise
-
-WORTH = 0.9  # of float32's time: bfloat16 that takes more is not worth its digits
-FEWEST_PAIRS, MOST_PAIRS = 5, 40  # that are measured, until the middle half of them agrees
-
-logger = logging.getLogger("mednext")
 
 
 class Helper(Protocol):
@@ -185,77 +172,3 @@ class _Mlp(torch.autograd.Function):
         rows = _rows(y, Weights(*weights), trains=True)
         dy, grads = mlp.backward(rows, g, y, Weights(*weights), ctx.over_sum, kept)
         return dy, None, None, None, g if ctx.has_residual else None, *grads
-
-
-@functools.cache
-def bfloat16_pays() -> bool:
-    """Tell whether this processor is faster in bfloat16, and say so in the log, once.
-
-    Its instructions decide where Linux lists them, as it does for x86: with products of bfloat16 (AVX512-BF16, which
-    every processor with AMX has, too) it takes half to three quarters of float32's time, emulated 2 to 10 times that.
-    So all machines of a kind give the same masks, whatever else they do meanwhile. Elsewhere a measurement decides.
-    """
-    flags = native.processor().split()
-    if b"flags" not in flags:
-        pays, reason = _measured()
-    elif pays := b"avx512_bf16" in flags:
-        reason = "this processor has instructions for it"
-    else:
-        reason = "this processor would emulate bfloat16"
-    logger.info('cpu_precision "auto" is %s: %s', "bfloat16" if pays else "float32", reason)
-    return pays
-
-
-def _measured() -> tuple[bool, str]:
-    """Tell what was measured on this processor before, unless one pair contradicts it, or else measure.
-
-    What stays undecided is float32, which is exact, and not remembered.
-    """
-    time_pair = _pairs()
-    try:
-        key = hashlib.sha256(native.processor() + torch.__version__.encode()).hexdigest()[:16]
-        file = native.cache() / f"bfloat16-{key}.json"
-        ratios = remembered(file).get("ratios", [])
-    except OSError:
-        file, ratios = None, []
-    if _decided(ratios) is None or _decided(ratios) != (time_pair() < WORTH):
-        ratios = []
-        while _decided(ratios) is None and len(ratios) < MOST_PAIRS:
-            ratios.append(time_pair())
-        if file is not None and _decided(ratios) is not None:
-            content = json.dumps({"ratios": ratios}) + "\n"
-            with suppress(OSError):  # a full disk
-                write_whole(file, lambda partial: partial.write_text(content))
-    pays = _decided(ratios)
-    middle = f"{statistics.median(ratios):.2f} of float32's time ({min(ratios):.2f} to {max(ratios):.2f})"
-    return pays is True, f"in {len(ratios)} pairs bfloat16 took {middle}{'' if pays is not None else ', undecided'}"
-
-
-def _decided(ratios: object) -> bool | None:
-    """Tell whether bfloat16 pays, by its times divided by float32's; None where the middle half of them does not say.
-
-    Fewer than FEWEST_PAIRS say nothing, nor does what is no list of times.
-    """
-    if not isinstance(ratios, list) or len(ratios) < FEWEST_PAIRS or not all(isinstance(r, float) for r in ratios):
-        return None
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return None if low < WORTH <= high else high < WORTH
-
-
-def _pairs() -> Callable[[], float]:
-    """Return what times a block of 32 channels at 64^3 in both precisions in turn: bfloat16's time by float32's."""
-    cpu, row, square = Cpu(), torch.ones(32), torch.ones(64, 32)
-    images = [torch.ones(1, 32, 64, 64, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-
-    def seconds(x: Tensor) -> float:
-        start = time.perf_counter()
-        y, _ = cpu.depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
-        cpu.mlp(y, Weights(row, row, square, torch.ones(64), square.t(), row), 1e-5, residual=x)
-        return time.perf_counter() - start
-
-    def pair() -> float:
-        exact, half = map(seconds, images)
-        return half / exact
-
-    pair()  # the first one compiles and allocates
-    return pair

@@ -18,7 +18,7 @@ from scripts.inference.out_of_distribution import (
     out_of_range,
 )
 from scripts.inference.predictor import Predictor
-from scripts.kernels.cpu import bfloat16_pays
+from scripts.kernels.precision import bfloat16_pays
 from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.training_ranges import learn_training_ranges
 from scripts.utils.errors import UserError
