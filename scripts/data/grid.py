@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..utils.device import total_memory
+from ..utils.errors import UserError
 
 SMALLEST = 16  # voxels: what the network halves four times
 # bytes a voxel while it is resampled, and for each channel (docs/benchmarks/preprocessing_2-core-cpu_2026-11-21.md)
@@ -43,6 +44,14 @@ def grid_fault(
         f" {_lengths(grid)} {reason}; correct the unit of its header, or plan and train on a grid like its own:"
         f' --spacing "{fitting}", or --spacing median in planning.'
     )
+
+
+def require_grid(
+    name: str, shape: Sequence[int], spacing: Sequence[float], grid: Sequence[float], channels: int = 1
+) -> None:
+    """Raise UserError where `grid_fault` finds one."""
+    if fault := grid_fault(name, shape, spacing, grid, channels):
+        raise UserError(fault)
 
 
 def resampling_bytes(shape: Sequence[float], channels: int) -> float:

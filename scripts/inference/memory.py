@@ -6,11 +6,11 @@ import logging
 import math
 from collections.abc import Sequence
 
+import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from ..data.grid import resampling_bytes
-from ..preprocessing.intensity import nonzero_shape
 from ..utils.device import total_memory
 from ..utils.errors import UserError
 from .sliding_window import SlidingWindowInferer
@@ -27,11 +27,10 @@ class CheckMemoryd(MapTransform):
     """Says what segmenting a scan takes of memory at most, and refuses one for which this computer has too little.
 
     Args:
-        keys: images (C, X, Y, Z) on their stored voxels in RAS order.
+        keys: images (C, X, Y, Z) on their stored voxels in RAS order, cropped if they are to be.
         spacing: of the network's grid in mm.
         classes: of the network's output.
         inferer: that will segment them in this memory; None where a GPU does, in its own.
-        crop: whether they will be cropped to their non-zero voxels.
 
     Raises:
         UserError: the computer has less; the message names the file.
@@ -43,17 +42,15 @@ class CheckMemoryd(MapTransform):
         spacing: Sequence[float],
         classes: int,
         inferer: SlidingWindowInferer | None,
-        crop: bool = False,
     ) -> None:
         super().__init__(keys)
-        self.spacing, self.classes, self.inferer, self.crop = list(spacing), classes, inferer, crop
+        self.spacing, self.classes, self.inferer = list(spacing), classes, inferer
 
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
             image = data[key]
-            shape = list(nonzero_shape(image) if self.crop else image.shape[1:])
-            edges = image.pixdim.tolist()
-            grid = [max(round(n * a / b), 1) for n, a, b in zip(shape, edges, self.spacing, strict=True)]
+            edges = zip(image.shape[1:], image.pixdim.tolist(), self.spacing, strict=True)
+            grid = [max(round(n * a / b), 1) for n, a, b in edges]
             stored = image[0].numel()
             needed = resampling_bytes(grid, len(image)) + 4 * len(image) * stored
             if self.inferer is not None:
@@ -94,5 +91,5 @@ def window_bytes(inferer: SlidingWindowInferer, size: Sequence[int], channels: i
     )
     rows = max(4 * roi[0] * roi[1] + row * (size[1] - roi[1]), row * size[1])
     scores = classes * (2 if inferer.mirrored else 1)
-    window = math.prod(roi) * (FEATURES * (2 if inferer.halves() else 4) + 4 * scores)
+    window = math.prod(roi) * (FEATURES * getattr(torch, inferer.cpu_precision.name()).itemsize + 4 * scores)
     return 4 * channels * math.prod(size) + classes * rows * math.prod(size[2:]) + window + SLAB

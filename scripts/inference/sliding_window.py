@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import combinations, product
 
@@ -15,7 +14,7 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 
-from ..kernels.cpu import bfloat16_pays
+from ..kernels.precision import CpuPrecision
 from ..preprocessing.resampling import has_native_voxels, knows_scan_grid
 from ..utils.device import give_memory_back
 from ..utils.errors import UserError
@@ -27,11 +26,6 @@ ROWS = 8  # of a window, whose scores a CPU computes at once
 
 Network = Callable[..., torch.Tensor]
 
-CPU_PRECISIONS: dict[str, Callable[[], bool]] = {
-    "auto": bfloat16_pays,
-    "float32": lambda: False,
-    "bfloat16": lambda: True,
-}
 ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda logits: logits,
     "softmax": partial(torch.softmax, dim=1),
@@ -85,9 +79,7 @@ class SlidingWindowInferer(Inferer):
         if sorted(mirror_axes) != sorted(set(mirror_axes) & set(range(len(roi_size)))):
             axes = ", ".join(map(str, range(len(roi_size))))
             raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of {axes}, each once, or [] for none.")
-        if cpu_precision not in CPU_PRECISIONS:
-            raise UserError(f"cpu_precision is {cpu_precision!r}; expected one of {', '.join(CPU_PRECISIONS)}.")
-        self.halves = CPU_PRECISIONS[cpu_precision]
+        self.cpu_precision = CpuPrecision(cpu_precision)
         self.roi_size, self.overlap, self.full_precision_gb = list(roi_size), overlap, full_precision_gb
         self.activate = ACTIVATIONS[activation]
         counts = range(1, len(mirror_axes) + 1)
@@ -197,9 +189,8 @@ class SlidingWindowInferer(Inferer):
 
     def _logits(self, window: torch.Tensor, network: Network) -> torch.Tensor:
         """Compute the logits (1, classes, *roi) of a window, in the network's precision."""
-        flat, halved = self.roi_size[-1] == 1, window.device.type == "cpu" and self.halves()
-        with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
-            return network(window[..., 0])[..., None] if flat else network(window)
+        with self.cpu_precision.autocast(window.device):
+            return network(window[..., 0])[..., None] if self.roi_size[-1] == 1 else network(window)
 
 
 def monai_starts(n: int, r: int, overlap: float) -> list[int]:

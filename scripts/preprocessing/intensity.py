@@ -152,16 +152,6 @@ def _filled(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(binary_fill_holes(mask.any(dim=0).cpu().numpy())).to(mask.device)
 
 
-def _nonzero_box(image: torch.Tensor) -> tuple[list[int], list[int]]:
-    return generate_spatial_bounding_box(image, select_fn=lambda x: x != 0, allow_smaller=True)
-
-
-def nonzero_shape(image: torch.Tensor) -> list[int]:
-    """Count the voxels along each axis that `CropNonzerod` leaves of an image (C, *space)."""
-    edges = [b - a for a, b in zip(*_nonzero_box(image), strict=True)]
-    return edges if all(edge > 0 for edge in edges) else list(image.shape[1:])
-
-
 class CropNonzerod(MapTransform):
     """Crops an image (C, *space) to the box of its non-zero voxels, as nnU-Net does first; one that is all zero stays.
 
@@ -177,7 +167,7 @@ class CropNonzerod(MapTransform):
     def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out) if self.enabled else ():
-            start, end = _nonzero_box(out[key])
+            start, end = generate_spatial_bounding_box(out[key], select_fn=lambda x: x != 0, allow_smaller=True)
             if np.all(np.array(end) > np.array(start)):
                 out[key] = SpatialCrop(roi_start=start, roi_end=end)(out[key])
         return out

@@ -9,10 +9,9 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from ..data.grid import grid_fault
+from ..data.grid import require_grid
 from ..utils.device import total_memory
 from ..utils.errors import UserError
-from .intensity import nonzero_shape
 
 
 class CheckGridd(MapTransform):
@@ -21,15 +20,13 @@ class CheckGridd(MapTransform):
     Args:
         keys: images on their stored voxels in RAS order.
         spacing: of the network's grid in mm.
-        crop: whether they will be cropped to their non-zero voxels, which alone then have to fit.
 
     Raises:
         UserError: fewer voxels than the network needs, or more than memory holds; the message names the file.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: Sequence[float], crop: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float]) -> None:
         super().__init__(keys)
-        self.crop = crop
         self.spacing = [float(edge) for edge in spacing]
         total_memory()  # asks the system now, so that nothing is read while an array in memory is segmented
 
@@ -38,10 +35,7 @@ class CheckGridd(MapTransform):
             image = data[key]
             if isinstance(image, MetaTensor):
                 name = str(image.meta.get("filename_or_obj", "the image"))
-                rest = (image.pixdim.tolist(), self.spacing, len(image))
-                fault = grid_fault(name, list(image.shape[1:]), *rest)
-                if fault and not (self.crop and grid_fault(name, nonzero_shape(image), *rest) is None):
-                    raise UserError(fault)
+                require_grid(name, list(image.shape[1:]), image.pixdim.tolist(), self.spacing, len(image))
         return data
 
 

@@ -17,10 +17,8 @@ from scripts.utils.errors import UserError
 
 
 def scan(*shape: int, spacing: float = 1.0) -> dict:
-    image = torch.zeros(1, *shape)
-    image[:, :8, :8, :8] = 1
     meta = {"filename_or_obj": "ct.nii.gz"}
-    return {"image": MetaTensor(image, affine=np.diag([spacing] * 3 + [1.0]), meta=meta)}
+    return {"image": MetaTensor(torch.zeros(1, *shape), affine=np.diag([spacing] * 3 + [1.0]), meta=meta)}
 
 
 @pytest.mark.parametrize("window_scheme", ["monai", "nnunet"])
@@ -65,5 +63,3 @@ def test_a_scan_is_refused_where_the_computer_has_less(inferer, monkeypatch):
         UserError, match=r"^ct.nii.gz: its 180 x 180 x 180 voxels .* with 3 classes take up to 1.\d+ GB"
     ):
         CheckMemoryd("image", [0.5] * 3, 3, inferer)(scan(90, 90, 90))
-    cropped = CheckMemoryd("image", [0.5] * 3, 3, None, crop=True)(scan(90, 90, 90))
-    assert cropped["image"].shape == (1, 90, 90, 90)

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 from scripts.inference.ensemble import Ensemble
 from scripts.inference.sliding_window import SlidingWindowInferer, nnunet_starts, nnunet_weights
 from scripts.inference.window_sums import WindowSums
-from scripts.kernels.cpu import bfloat16_pays
+from scripts.kernels.precision import bfloat16_pays
 from scripts.preprocessing.resampling import LabelsOnGrid, LabelsOnScanGridd, labels_on_grid
 from scripts.utils.errors import UserError
 
