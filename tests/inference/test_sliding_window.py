@@ -163,7 +163,7 @@ class TestLabelsOnTheScansGrid:
             {"roi": (40, 33, 21)},
             {"roi": (16, 12, 1), "net": lambda x: network(x)},  # a network of slices
         ],
-        ids=str,
+        ids=lambda options: ", ".join(options),
     )
     def test_any_way_of_averaging_gets_the_labels_of_its_scores(self, options, monkeypatch):
         monkeypatch.setattr(LabelsOnGrid.__init__, "__defaults__", (None, None, 2000))
