@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..utils.device import advise
 from . import mlp, native
 from .backend import Moments, Weights, channels_last, foreign, plain
 from .cpu_mlp import CpuRows
@@ -106,6 +107,8 @@ class Cpu:
     ) -> Tensor:
         """Compute norm, expansion, GELU, GRN, compression and residual, channels-last."""
         residual = residual if residual is None else plain(residual)
+        if y.requires_grad:
+            advise(y)
         return _Mlp.apply(plain(y), moments, eps, over_sum, residual, *weights)
 
     def pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

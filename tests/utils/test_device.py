@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -106,6 +107,31 @@ def test_all_cores_compute_and_freed_memory_is_kept():
     if sys.platform == "linux":
         assert watched == str(cpu_cores() > 1)
         assert kept == "True"
+
+
+LOOP = """
+import sys, torch
+from scripts.mednext import create_mednext
+from scripts.utils.device import set_cpu_defaults
+network, image = create_mednext(1, 2, "S", 3), torch.zeros(1, 1, 64, 64, 48)
+if sys.argv[1] == "told":
+    set_cpu_defaults("cpu")
+if sys.argv[1] == "segments":
+    with torch.inference_mode():
+        network(image)
+if sys.argv[1] == "small":
+    image = image[..., :32, :32, :32]
+for _ in range(2 if sys.argv[1] != "segments" else 0):
+    network(image)[0].mean().backward()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators were not measured")
+@pytest.mark.parametrize(("how", "lines"), [("trains", 1), ("told", 0), ("segments", 0), ("small", 0)])
+def test_a_loop_of_ones_own_is_told_once_what_makes_it_faster(how, lines):
+    done = subprocess.run([sys.executable, "-c", LOOP, how], capture_output=True, text=True, check=True)
+    assert done.stderr.count('call scripts.utils.device.set_cpu_defaults("cpu") once') == lines
+    assert len(done.stderr.splitlines()) == lines
 
 
 def test_the_number_of_threads_that_was_asked_for_stays():
