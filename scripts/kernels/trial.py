@@ -26,6 +26,7 @@ SECONDS = 2.0  # that pairs take, at most, once there are enough
 UNLIKE = (
     0.05  # of what stock operators make at the size in use: the root mean square of half precision is 0.01 at worst
 )
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # as CUDA's driver and cuBLAS say it
 CONDITIONED = (0, 1, 7)  # gradients of which that is true: of input, convolution and second weights; others cancel out
 
 
@@ -106,7 +107,7 @@ def attempt(use: Use, ours: Backend, clock: Clock, given_up: Event) -> Result:
                 return Result()
             result = Result(left_out=f"inaccurate: {reason}") if reason else _timed(use, ours, clock, given_up)
     except Exception as e:  # whatever a compiler or a driver raises
-        out_of_memory = isinstance(e, torch.OutOfMemoryError)
+        out_of_memory = isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in OUT_OF_MEMORY)
         result = Result(left_out="out of memory" if out_of_memory else _sentence(e), lasting=not out_of_memory)
     if use.device.type == "cuda" and not (result.left_out and result.lasting):
         torch.cuda.empty_cache()
@@ -115,9 +116,7 @@ def attempt(use: Use, ours: Backend, clock: Clock, given_up: Event) -> Result:
 
 def _sentence(e: Exception) -> str:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()] or ["no message"]
-    line = (
-        lines[-1] if lines[0].startswith("at ") else lines[0]
-    )  # Triton quotes the source before it says what is wrong
+    line = lines[-1] if lines[0].startswith("at ") else lines[0]  # Triton quotes the source first
     return f"{type(e).__name__}: {line}"[:200]
 
 

@@ -211,15 +211,20 @@ class TestLeftOut:
         assert chosen(tuner(bad, good), x) == "good"
         assert bad.runs == runs  # nor tried again
 
-    def test_what_runs_out_of_memory_is_left_out_for_now(self, cache):
-        fake = Fake(fault=raises(torch.OutOfMemoryError("CUDA out of memory")))
+    @pytest.mark.parametrize(
+        "error",
+        [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..")],
+        ids=repr,
+    )
+    def test_what_runs_out_of_memory_is_left_out_for_now(self, error):
+        fake = Fake(fault=raises(error))
         tuned = tuner(fake)
         assert chosen(tuned) is None
         assert chosen(tuned) is None
         fake.fault = lambda y, _: y
         assert chosen(tuner(fake)) == "fake"
 
-    def test_where_only_stock_runs_out_of_memory_the_kernel_is_taken_for_now(self, cache, monkeypatch):
+    def test_where_only_stock_runs_out_of_memory_the_kernel_is_taken_for_now(self, monkeypatch):
         fake = Fake(seconds=2)
         stock = raises(torch.OutOfMemoryError("CUDA out of memory"))
         monkeypatch.setattr(trial, "_inexact", lambda *_: None)
