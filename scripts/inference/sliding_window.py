@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,9 +16,13 @@ from monai.inferers import Inferer
 
 from ..kernels.precision import CpuPrecision
 from ..preprocessing.resampling import decide_labels, has_native_voxels, label_type
+from ..utils.device import ran_out_of_memory
 from ..utils.errors import UserError
+from . import window_batch
 
 Network = Callable[..., torch.Tensor]
+
+logger = logging.getLogger("mednext")
 
 ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda logits: logits,
@@ -32,7 +37,8 @@ class SlidingWindowInferer(Inferer):
     Windows advance along the first spatial axis; planes that no further window touches are divided by their weights and
     stored. Where the result would be large it is stored in half precision, as nnU-Net does; the sums themselves always
     have the input's precision. With `window_scheme="monai"` and no activation, windows, weights and, below the limit,
-    results are those of `monai.inferers.SlidingWindowInferer(mode="gaussian")`.
+    results are those of `monai.inferers.SlidingWindowInferer(mode="gaussian")`. A GPU computes several windows at once
+    (`window_batch`); a scan for which its memory is not enough even so is kept in RAM, with its sums.
 
     Args:
         roi_size: voxels of a window; one voxel along the last axis gives a 2D network slices.
@@ -79,13 +85,14 @@ class SlidingWindowInferer(Inferer):
         self.mirrored = [[a + 2 for a in axes] for n in counts for axes in combinations(mirror_axes, n)]
         self.starts, self.weights = WINDOW_SCHEMES[window_scheme]
         self.labels_early, self.region_order = labels_early, region_order
+        self.batches = window_batch.WindowBatches()
 
     def __call__(self, inputs: torch.Tensor, network: Network, *args, **kwargs) -> torch.Tensor:
         """Segment scans (N, C, *space).
 
         Args:
             inputs: scans.
-            network: maps windows (1, C, *roi) to logits (1, classes, *roi).
+            network: maps windows (N, C, *roi) to logits (N, classes, *roi).
             args: further arguments of the network.
             kwargs: those by name.
 
@@ -94,20 +101,34 @@ class SlidingWindowInferer(Inferer):
         """
         early = self.labels_early and has_native_voxels(inputs)
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        return torch.cat([self._one(image[None], partial(network, *args, **kwargs), early) for image in plain])
+        segment = partial(self._one, network=partial(network, *args, **kwargs), early=early, device=plain.device)
+        try:
+            return torch.cat([segment(image[None]) for image in plain])
+        except RuntimeError as error:
+            if plain.device.type != window_batch.GPU or not ran_out_of_memory(error):
+                raise
+        logger.warning("%s: no memory for a scan and the sums of its windows; they are kept in RAM", plain.device)
+        return torch.cat([segment(image[None]) for image in plain.cpu()])
 
-    def _predict(self, window: torch.Tensor, network: Network) -> torch.Tensor:
-        """Average the scores (classes, *roi) of a window (1, C, *roi) and its mirrored copies."""
-        total = self._scores(window, network)
+    def _predict(
+        self, windows: Sequence[Sequence[slice]], image: torch.Tensor, network: Network, device: torch.device
+    ) -> torch.Tensor:
+        """Average the scores (N, classes, *roi) of some windows of a scan (1, C, *space) and of their mirrored copies.
+
+        They are computed on `device`, and lie where the scan does.
+        """
+        cut = [image[(slice(None), slice(None), *window)] for window in windows]
+        inputs = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(device)
+        total = self._scores(inputs, network)
         for axes in self.mirrored:
-            total = total + self._scores(window.flip(axes), network).flip(axes)
-        return (total / (len(self.mirrored) + 1) if self.mirrored else total)[0]
+            total = total + self._scores(inputs.flip(axes), network).flip(axes)
+        return (total / (len(self.mirrored) + 1) if self.mirrored else total).to(image.device)
 
-    def _scores(self, window: torch.Tensor, network: Network) -> torch.Tensor:
-        """Compute the scores (1, classes, *roi) of a window, in its precision, whatever the network's is."""
-        with self.cpu_precision.autocast(window.device):
-            logits = network(window[..., 0])[..., None] if self.roi_size[-1] == 1 else network(window)
-        return self.activate(logits.to(window.dtype))
+    def _scores(self, windows: torch.Tensor, network: Network) -> torch.Tensor:
+        """Compute the scores (N, classes, *roi) of windows, in their precision, whatever the network's is."""
+        with self.cpu_precision.autocast(windows.device):
+            logits = network(windows[..., 0])[..., None] if self.roi_size[-1] == 1 else network(windows)
+        return self.activate(logits.to(windows.dtype))
 
     def _room(self, shape: Sequence[int], like: torch.Tensor, early: bool) -> torch.Tensor:
         """Allocate what a scan's scores (classes, *space) or, where they are decided `early`, its labels need."""
@@ -117,8 +138,11 @@ class SlidingWindowInferer(Inferer):
         device, dtype = (like.device, like.dtype) if small else ("cpu", torch.float16)
         return torch.empty(shape, device=device, dtype=dtype)
 
-    def _one(self, image: torch.Tensor, network: Network, early: bool) -> torch.Tensor:
-        """Segment one scan (1, C, *space): scores (1, classes, *space) or, `early`, labels (1, 1, *space)."""
+    def _one(self, image: torch.Tensor, network: Network, early: bool, device: torch.device) -> torch.Tensor:
+        """Segment one scan (1, C, *space): scores (1, classes, *space) or, `early`, labels (1, 1, *space).
+
+        The network computes on `device`, sums and scores are kept where the scan is.
+        """
         size = image.shape[2:]
         missing = [max(r - n, 0) for r, n in zip(self.roi_size, size, strict=True)]
         if any(missing):
@@ -138,13 +162,14 @@ class SlidingWindowInferer(Inferer):
         result: torch.Tensor | None = None
         sums: torch.Tensor | None = None
         weights = torch.zeros_like(layer)
+        predict = partial(self._predict, image=image, network=network, device=device)
         for first, following in zip(starts[0], [*starts[0][1:], padded[0]], strict=True):
-            for window in in_plane:
-                scores = self._predict(image[(slice(None), slice(None), slice(first, first + rows), *window)], network)
+            windows = [(slice(first, first + rows), *window) for window in in_plane]
+            for (_, *at), scores in self.batches.compute(windows, predict, device):
                 if result is None or sums is None:
                     sums = image.new_zeros((scores.shape[0], rows, *padded[1:]))
                     result = self._room((scores.shape[0], *padded), image, early)
-                sums[(slice(None), slice(None), *window)].addcmul_(scores, weight)
+                sums[(slice(None), slice(None), *at)].addcmul_(scores, weight)
             assert result is not None, "there is a window in every plane"
             assert sums is not None, "they are made together"
             weights += layer

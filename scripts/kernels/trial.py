@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.device import ran_out_of_memory
 from .backend import CHANNELS_LAST, Backend, BlockKind, Weights
 from .exactness import inexact
 from .reference import Reference
@@ -24,9 +25,8 @@ VOXELS = r"(\d{1,6})\^3 voxels"
 STEADY = 0.05  # spread of the pairs' ratios, as a share of their median, that ends the measurement
 SECONDS = 2.0  # that pairs take, at most, once there are enough
 UNLIKE = (
-    0.05  # of what stock operators make at the size in use: the root mean square of half precision is 0.01 at worst
+    0.05  # of what stock operators make at the size in use; the root mean square of half precision is 0.01 at worst
 )
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # as CUDA's driver and cuBLAS say it
 CONDITIONED = (0, 1, 7)  # gradients of which that is true: of input, convolution and second weights; others cancel out
 
 
@@ -107,8 +107,8 @@ def attempt(use: Use, ours: Backend, clock: Clock, given_up: Event) -> Result:
                 return Result()
             result = Result(left_out=f"inaccurate: {reason}") if reason else _timed(use, ours, clock, given_up)
     except Exception as e:  # whatever a compiler or a driver raises
-        out_of_memory = isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in OUT_OF_MEMORY)
-        result = Result(left_out="out of memory" if out_of_memory else _sentence(e), lasting=not out_of_memory)
+        for_now = ran_out_of_memory(e)
+        result = Result(left_out="out of memory" if for_now else _sentence(e), lasting=not for_now)
     if use.device.type == "cuda" and not (result.left_out and result.lasting):
         torch.cuda.empty_cache()
     return result
@@ -189,7 +189,9 @@ def _timed(use: Use, ours: Backend, clock: Clock, given_up: Event) -> Result:
     try:
         stock = _runner(use, Reference())
         expected = stock()
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not ran_out_of_memory(e):
+            raise
         return Result(ratio=0.0, lasting=False)
     for result, truth in zip(made, expected, strict=True):
         difference = (result.float() - truth.float()).norm() / truth.float().norm()

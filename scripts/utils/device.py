@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .waiting import share_cores
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # as CUDA's driver and its libraries say it
 
 
 def cpu_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -42,6 +43,11 @@ def free_memory() -> float:
     except FileNotFoundError:
         found = None
     return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Tell whether a GPU's memory was not enough."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @functools.cache
