@@ -110,9 +110,8 @@ def test_one_window_that_is_too_much_is_an_error(gpu, said_by):
 def test_any_other_error_is_raised_at_once(gpu, caplog, error):
     batches = WindowBatches()
     assert sizes(batches, 2, gpu) == [1, 1]
-    gpu.error, gpu.size = error, 700
+    gpu.error, gpu.size, batches.need = error, 700, 1
     with pytest.raises(type(error)) as raised:
-        batches.need = 1
         sizes(batches, 8, gpu)
     assert raised.value is error
     assert (batches.most, caplog.messages) == (MOST, [])
