@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels import REFERENCE, choose_kernels, every_second
-from .kernels.backend import Backend, Weights
+from .kernels.backend import Backend, BlockKind, Weights
 from .kernels.reference import grn
 
 Conv = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -105,6 +105,8 @@ class _Block(nn.Module):
         self.act = nn.GELU()
         self.conv3: Conv = CONV[dim](hidden, out_channels, kernel_size=1)
         self.res_conv: Conv | nn.Identity | None = None
+        edge, stride = depthwise.kernel_size[0], depthwise.stride[0]
+        self.kind = BlockKind(edge, stride, depthwise.transposed, out_channels, hidden, bool(grn))
         self.grn_over_sum = grn == "sum"
         self.grn_beta: nn.Parameter | None = None
         self.grn_gamma: nn.Parameter | None = None
@@ -116,7 +118,7 @@ class _Block(nn.Module):
     def forward(self, x: torch.Tensor, dummy_tensor: torch.Tensor | None = None) -> torch.Tensor:
         # the second argument is the original's and unused: networks built of its blocks pass it
         if not torch.jit.is_scripting():
-            backend = choose_kernels(self.kernels, x, self._why_layers(), kernel_size=self.conv1.kernel_size[0])
+            backend = choose_kernels(self.kernels, x, self._why_layers(), block=self.kind)
             compute = self._by_layers if backend is REFERENCE else partial(self._by_kernels, backend)
             return _run(compute, x, recompute=self.checkpoint_style == "block")
         return self._by_layers(x)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import CONV, MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock, OutBlock, exporting, pointwise
-from .kernels import check_kernels
+from .kernels import TUNER, check_kernels
 
 LEVELS = 4  # moves down, hence the multiple of 2**4 voxels
 STAGES = 2 * LEVELS + 1  # four encoder stages, bottleneck, four decoder stages
@@ -197,6 +197,8 @@ class MedNeXt(nn.Module):
         x0 = self.up_0(y1) + x0
         x0 = self.dec_block_0(x0)  # (N, C, D, H, W)
 
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            TUNER.say()
         logits = _crop(self.out_0(x0), size)  # (N, n_classes, D, H, W)
         if not torch.jit.is_scripting() and self.do_ds and self.training:
             coarse = (self.out_1(y1), self.out_2(y2), self.out_3(y3), self.out_4(y4))

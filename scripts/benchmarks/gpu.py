@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..kernels import autotune
 from ..mednext import KERNEL_SIZES
 from ..training.losses import SegmentationLoss
 from ..utils.errors import UserError
@@ -125,7 +124,7 @@ def bench(
     """Time training steps and forward passes, and write `gpu_<name>_<date>.json` and `.md`.
 
     They have all implementations, eager and compiled, with the largest kernels of each; every operation of a block by
-    itself; and, where it is a GPU, for which blocks `kernels="auto"` takes Triton from then on.
+    itself; and, where it is a GPU, what `kernels="auto"` then measures anew of every kind of block, and remembers.
 
     Args:
         sizes: rows of the paper's table.
@@ -176,8 +175,7 @@ def bench(
         file.with_suffix(".json").write_text(json.dumps(report, indent=1))
     report["kernels"] = kernel_table(2, kernel_sizes, patch, best, runs, device)
     if device == "cuda":
-        report["blocks"] = block_ratios(kernel_sizes, patch, runs, device)
-        autotune.remember(name, report["blocks"])
+        report["blocks"] = block_ratios(sizes, kernel_sizes, batches, patch, device)
     file.with_suffix(".json").write_text(json.dumps(report, indent=1))
     file.with_suffix(".md").write_text(markdown(report))
     print(f"wrote {file}.json and .md")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from ..blocks import MedNeXtBlock
-from ..kernels import REFERENCE, TRITON, autotune
+from ..kernels import REFERENCE, TRITON, TUNER, autotune_file
 from ..kernels.backend import Backend, Weights, channels_last
+from ..mednext import create_mednext
 
 LEVELS = ((32, 1), (64, 2), (128, 4), (256, 8), (512, 16))  # channels, and by what the patch is smaller
 WARMUP = 5  # runs that do not count
@@ -123,25 +126,26 @@ def kernel_table(
     return found
 
 
-def block_ratios(kernel_sizes: Sequence[int], patch: int, runs: int, device: str) -> dict[str, float]:
-    """Time blocks, forward and backward: Triton's time in that of stock operators, by `autotune.key`.
+def block_ratios(
+    sizes: Sequence[str], kernel_sizes: Sequence[int], batches: Sequence[int], patch: int, device: str
+) -> dict[str, float | str]:
+    """Let `kernels="auto"` measure every kind of block of the networks anew, however long that takes, and remember it.
 
-    Kernel size 1 stands for a 1x1x1 convolution, which is measured with the block of the first size.
+    Returns:
+        By kind of block, Triton's time in that of stock operators, or why it is left out.
     """
-    found = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for channels, smaller in LEVELS:
-            x = torch.randn(1, channels, *[patch // smaller] * 3, device=device, requires_grad=True)
-            for k in kernel_sizes:
-                block = MedNeXtBlock(channels, channels, 2, k).to(device)
-
-                def run(block=block, x=x, dtype=dtype) -> None:
-                    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                        block(x).float().square().mean().backward()
-
-                times = []
-                for block.kernels in ("reference", "triton"):
-                    times.append(statistics.median(seconds(run, runs, device)))
-                found[autotune.key(dtype, channels, k)] = times[1] / times[0]
-            found[autotune.key(dtype, channels, 1)] = found[autotune.key(dtype, channels, kernel_sizes[0])]
-    return found
+    where = torch.empty(0, device=device).device  # with its number
+    autotune_file.file_for(autotune_file.machine(where)).unlink(missing_ok=True)
+    TUNER.forget()
+    limit, TUNER.limit = TUNER.limit, math.inf
+    try:
+        for size, k, batch in product(sizes, kernel_sizes, batches):
+            network = create_mednext(1, 3, size, k).to(where)
+            image = torch.randn(batch, 1, *[patch] * 3, device=where)
+            for trains in (True, False):
+                with torch.set_grad_enabled(trains), torch.autocast(device, half_precision(device)):
+                    network(image)
+    finally:
+        TUNER.limit = limit
+    results = {name: found[TRITON.name] for name, found in TUNER.results.get(where, {}).items() if TRITON.name in found}
+    return {name: str(result.left_out) if result.ratio is None else result.ratio for name, result in results.items()}

@@ -16,7 +16,9 @@ from ..utils.errors import UserError
 from .sliding_window import SlidingWindowInferer
 
 PROCESS = 1.0e9  # bytes of Python with its libraries and a network's weights
-FEATURES = 9 * 32  # numbers a voxel that a network holds at once, see docs/benchmarks/inference-memory_2-core-cpu_2026-11-25.md
+FEATURES = (
+    9 * 32
+)  # numbers a voxel that a network holds at once
 SLAB = 0.3e9  # bytes while labels are decided on a part of the scan's grid
 WORTH_SAYING = 2e9  # bytes
 

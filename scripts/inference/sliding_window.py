@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import combinations, product
 
@@ -16,8 +17,9 @@ from monai.inferers import Inferer
 
 from ..kernels.precision import CpuPrecision
 from ..preprocessing.resampling import has_native_voxels, knows_scan_grid
-from ..utils.device import give_memory_back
+from ..utils.device import give_memory_back, ran_out_of_memory
 from ..utils.errors import UserError
+from . import window_batch
 from .window_results import Labels, LabelsOnScan, Result, Scores, Storage
 from .window_sums import Block, WindowSums
 
@@ -25,6 +27,8 @@ LARGE = 2**24  # voxels of a scan, from which on memory is given back between la
 ROWS = 8  # of a window, whose scores a CPU computes at once
 
 Network = Callable[..., torch.Tensor]
+
+logger = logging.getLogger("mednext")
 
 ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda logits: logits,
@@ -39,7 +43,8 @@ class SlidingWindowInferer(Inferer):
     Windows advance along the first spatial axis; planes that no further window touches are divided by their weights and
     stored. Where the result would be large it is stored in half precision, as nnU-Net does; the sums themselves always
     have the input's precision. With `window_scheme="monai"` and no activation, windows, weights and, below the limit,
-    results are those of `monai.inferers.SlidingWindowInferer(mode="gaussian")`.
+    results are those of `monai.inferers.SlidingWindowInferer(mode="gaussian")`. A GPU computes several windows at once
+    (`window_batch`); a scan for which its memory is not enough even so is kept in RAM, with its sums.
 
     Args:
         roi_size: voxels of a window; one voxel along the last axis gives a 2D network slices.
@@ -87,13 +92,14 @@ class SlidingWindowInferer(Inferer):
         self.starts, self.weights = WINDOW_SCHEMES[window_scheme]
         self.labels_early, self.region_order = labels_early, region_order
         self.watch: Callable[[int, int], None] | None = None  # told how many of how many windows of a scan are done
+        self.batches = window_batch.WindowBatches()
 
     def __call__(self, inputs: torch.Tensor, network: Network, *args, **kwargs) -> torch.Tensor:
         """Segment scans (N, C, *space).
 
         Args:
             inputs: scans.
-            network: maps windows (1, C, *roi) to logits (1, classes, *roi).
+            network: maps windows (N, C, *roi) to logits (N, classes, *roi).
             args: further arguments of the network.
             kwargs: those by name.
 
@@ -102,34 +108,46 @@ class SlidingWindowInferer(Inferer):
         """
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         make = partial(self._result, inputs)
-        found = [self._one(image[None], partial(network, *args, **kwargs), make) for image in plain]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        segment = partial(self._one, network=partial(network, *args, **kwargs), make=make, device=plain.device)
+        try:
+            return _joined(map(segment, plain.split(1)))
+        except RuntimeError as error:
+            if plain.device.type != window_batch.GPU or not ran_out_of_memory(error):
+                raise
+        logger.warning("%s: no memory for a scan and the sums of its windows; they are kept in RAM", plain.device)
+        return _joined(map(segment, plain.cpu().split(1)))
 
-    def _result(self, inputs: torch.Tensor, shape: Sequence[int], inside: Sequence[slice]) -> Result:
-        """Choose what is kept of the scores (classes, *padded) of a scan."""
-        storage = Storage(inputs, shape, self.full_precision_gb)
+    def _result(self, inputs: torch.Tensor, image: torch.Tensor, classes: int, inside: Sequence[slice]) -> Result:
+        """Choose what is kept of the scores of a scan, which lie where the image (1, C, *padded) does."""
+        shape = (classes, *image.shape[2:])
+        storage = Storage(image, shape, self.full_precision_gb)
         if not self.labels_early or not isinstance(inputs, MetaTensor) or not knows_scan_grid(inputs):
             return Scores(shape, inside, storage)
         if has_native_voxels(inputs):
             return Labels(shape, inside, self.region_order)
         return LabelsOnScan(shape, inside, inputs, self.region_order, storage)
 
-    def _one(self, image: torch.Tensor, network: Network, make: Callable[..., Result]) -> torch.Tensor:
-        """Segment one scan (1, C, *space) into what `make` says is kept of it."""
+    def _one(
+        self, image: torch.Tensor, network: Network, make: Callable[..., Result], device: torch.device
+    ) -> torch.Tensor:
+        """Segment one scan (1, C, *space) into what `make` says is kept of it.
+
+        The network computes on `device`, sums and scores are kept where the scan is.
+        """
         size = image.shape[2:]
         missing = [max(r - n, 0) for r, n in zip(self.roi_size, size, strict=True)]
         if any(missing):
             image = F.pad(image, [n for m in reversed(missing) for n in (m // 2, m - m // 2)])
         inside = [slice(m // 2, m // 2 + n) for m, n in zip(missing, size, strict=True)]
         result: Result | None = None
-        for block in self._means(image, network):
-            result = result or make((len(block.means), *image.shape[2:]), inside)
+        for block in self._means(image, network, device):
+            result = result or make(image, len(block.means), inside)
             result.put(block)
             del block  # before the next window is computed
         assert result is not None, "there is a window in every scan"
         return result.get()
 
-    def _means(self, image: torch.Tensor, network: Network) -> Iterator[Block]:
+    def _means(self, image: torch.Tensor, network: Network, device: torch.device) -> Iterator[Block]:
         """Yield the mean scores of a scan (1, C, *space) of at least a window, block by block."""
         size = image.shape[2:]
         starts = [self.starts(n, r, self.overlap) for n, r in zip(size, self.roi_size, strict=True)]
@@ -138,59 +156,77 @@ class SlidingWindowInferer(Inferer):
         layer = weight.new_zeros((len(weight), *size[1:]))  # what all windows with the same first planes weigh
         for window in product(*spans[1:]):
             layer[(slice(None), *window)] += weight
-        sums, count = WindowSums(starts, size, weight), math.prod(map(len, starts))
-        large = image.device.type == "cpu" and len(starts[0]) > 1 and image.numel() > LARGE
+        sums, windows, done = WindowSums(starts, size, weight), list(product(*spans)), 0
+        large = device.type == "cpu" and len(starts[0]) > 1 and image.numel() > LARGE
         if large:
             give_memory_back()  # what preparing the scan has left
-        if self.watch is not None:
-            self.watch(0, count)
-        for done, at in enumerate(product(*spans), start=1):
-            predict = self._predict(image[(slice(None), slice(None), *at)], network)
-            for rows in self._chunks(image):
-                sums.add(at, rows, predict(rows))
-            del predict  # and the logits that it holds
-            if self.watch is not None:
-                self.watch(done, count)
+        self._tell(done, len(windows))
+        predict = partial(self._predict, image=image, network=network, device=device)
+        for at, scores in self.batches.compute(windows, predict, device):
+            for rows in self._chunks(image.device):
+                sums.add(at, rows, scores(rows))
+            del scores  # and the logits that it holds, before the next ones
+            done += 1
+            self._tell(done, len(windows))
             if all(span is along[-1] for span, along in zip(at[2:], spans[2:], strict=True)):
                 yield from sums.finished(layer, at[0].start, at[1].start)
                 if large and at[1] is spans[1][-1]:
                     give_memory_back()  # holes between what this layer of windows has left
 
-    def _chunks(self, image: torch.Tensor) -> list[slice]:
+    def _tell(self, done: int, count: int) -> None:
+        if self.watch is not None:
+            self.watch(done, count)
+
+    def _chunks(self, device: torch.device) -> list[slice]:
         """Cut a window into rows whose scores are computed at once: on a CPU few, which its cache holds."""
         rows = self.roi_size[1]
-        step = ROWS if image.device.type == "cpu" else rows
+        step = ROWS if device.type == "cpu" else rows
         return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
 
-    def _predict(self, window: torch.Tensor, network: Network) -> Callable[[slice], torch.Tensor]:
-        """Return what gives the scores (classes, planes, rows, ..) of some rows of a window (1, C, *roi).
+    def _predict(
+        self, windows: Sequence[Sequence[slice]], image: torch.Tensor, network: Network, device: torch.device
+    ) -> list[Callable[[slice], torch.Tensor]]:
+        """Return for each of some windows of a scan what gives the scores (classes, planes, rows, ..) of its rows.
 
-        Scores are computed as they are asked for, so that those of a whole window never exist beside its logits; only
-        an average over mirrored copies is kept as such.
+        A CPU computes them as they are asked for, so that those of a whole window never exist beside its logits; a GPU,
+        and whoever averages over mirrored copies, at once.
         """
-        logits = self._logits(window, network)
+        cut = [image[(slice(None), slice(None), *window)] for window in windows]
+        inputs = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(device)
+        logits = self._logits(inputs, network)
 
         def scores(rows: slice) -> torch.Tensor:
-            return self.activate(logits[:, :, :, rows].to(window.dtype))[0]
+            return self.activate(logits[:, :, :, rows].to(inputs.dtype))
 
-        if not self.mirrored:
-            return scores
-        total = torch.empty(logits.shape[1:], dtype=window.dtype, device=window.device)
-        for rows in self._chunks(window):
-            total[:, :, rows] = scores(rows)
+        if len(windows) == 1 and device.type == "cpu" and not self.mirrored:
+            return [lambda rows: scores(rows)[0]]
+        total = logits.new_empty(logits.shape, dtype=inputs.dtype)
+        for rows in self._chunks(device):
+            total[:, :, :, rows] = scores(rows)
         for axes in self.mirrored:
-            logits = self._logits(window.flip(axes), network)
-            for rows in self._chunks(window):
+            logits = self._logits(inputs.flip(axes), network)
+            for rows in self._chunks(device):
                 n = self.roi_size[1]
                 theirs = slice(n - rows.stop, n - rows.start) if 3 in axes else rows
-                total[:, :, rows] += scores(theirs).flip([axis - 1 for axis in axes])
-        total /= len(self.mirrored) + 1
-        return lambda rows: total[:, :, rows]
+                total[:, :, :, rows] += scores(theirs).flip(axes)
+        if self.mirrored:
+            total /= len(self.mirrored) + 1
+        return [partial(_rows, one) for one in total.to(image.device)]
 
-    def _logits(self, window: torch.Tensor, network: Network) -> torch.Tensor:
-        """Compute the logits (1, classes, *roi) of a window, in the network's precision."""
-        with self.cpu_precision.autocast(window.device):
-            return network(window[..., 0])[..., None] if self.roi_size[-1] == 1 else network(window)
+    def _logits(self, windows: torch.Tensor, network: Network) -> torch.Tensor:
+        """Compute the logits (N, classes, *roi) of windows, in the network's precision."""
+        with self.cpu_precision.autocast(windows.device):
+            return network(windows[..., 0])[..., None] if self.roi_size[-1] == 1 else network(windows)
+
+
+def _joined(scans: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Make a batch of scans (1, ..), a single one without a copy."""
+    found = list(scans)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _rows(scores: torch.Tensor, rows: slice) -> torch.Tensor:
+    return scores[:, :, rows]
 
 
 def monai_starts(n: int, r: int, overlap: float) -> list[int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backend import Backend
+from .autotune import Tuner
+from .backend import Backend, BlockKind
 from .cpu import Cpu
 from .reference import Reference
 from .triton_ops import Triton
@@ -16,6 +17,7 @@ from .triton_ops import Triton
 REFERENCE, CPU, TRITON = Reference(), Cpu(), Triton()
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, CPU, TRITON)}
 KERNELS = ("auto", *BACKENDS)
+TUNER = Tuner([TRITON])
 
 
 def check_kernels(kernels: str) -> str:
@@ -30,27 +32,28 @@ def check_kernels(kernels: str) -> str:
 
 
 def choose_kernels(
-    kernels: str, x: Tensor, why_not: str | None = None, compiled: bool = True, kernel_size: int | None = None
+    kernels: str, x: Tensor, why_not: str | None = None, compiled: bool = True, block: BlockKind | None = None
 ) -> Backend:
     """Choose the backend that suits the tensor.
 
     Args:
-        kernels: one of KERNELS; "auto" is "cpu" on a CPU and, where it was measured to be faster (see `autotune`),
-            "triton" on a GPU, if that is possible; else "reference".
+        kernels: one of KERNELS; "auto" is "cpu" on a CPU and, for a whole block that it is measured to be faster for
+            (see `autotune`), "triton" on a GPU, if that is possible; else "reference".
         x: (N, C, *space).
         why_not: what about the operation only the reference can do.
         compiled: whether the operation has a part that is compiled, which "cpu" by name insists on.
-        kernel_size: of the operation's depthwise convolution, if it has one.
+        block: what the operation is, if it is a block.
 
     Raises:
         RuntimeError: what was asked for by name cannot run on this tensor or this machine; says why.
     """
     if kernels == REFERENCE.name:
         return REFERENCE
+    kernel_size = None if block is None else block.kernel_size
     if kernels == "auto":
-        fast: Backend = TRITON if x.is_cuda else CPU
-        reason = why_not or fast.unsuitable(x, kernel_size)
-        return fast if reason is None and fast.faster(x, kernel_size) else REFERENCE
+        if x.is_cuda:
+            return REFERENCE if why_not or block is None else TUNER.choose(x, block) or REFERENCE
+        return REFERENCE if why_not or CPU.unsuitable(x, kernel_size) else CPU
     backend = BACKENDS[check_kernels(kernels)]
     reason = why_not or backend.unsuitable(x, kernel_size) or (backend.incomplete(x) if compiled else None)
     if reason:

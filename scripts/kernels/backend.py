@@ -28,6 +28,23 @@ class Weights(NamedTuple):
     grn_beta: Tensor | None = None  # (R,)
 
 
+class BlockKind(NamedTuple):
+    """What a block is, but for its input: blocks of a kind take the same time on the same tensor."""
+
+    kernel_size: int
+    stride: int
+    transposed: bool
+    made: int  # channels
+    hidden: int  # channels
+    grn: bool
+
+    def name(self, channels: int, precision: str, autocast: bool) -> str:
+        """Name the kind with the channels and the precision of its input."""
+        how = "up" if self.transposed else "down" if self.stride > 1 else "in place"
+        widths = f"{channels} to {self.hidden} to {self.made} channels"
+        return f"{precision}{' autocast' * autocast}, k{self.kernel_size} {how}, {widths}{', GRN' * self.grn}"
+
+
 class Backend(Protocol):
     """One way to compute a block; all backends give, to rounding, the same numbers and gradients."""
 
@@ -39,10 +56,6 @@ class Backend(Protocol):
 
     def incomplete(self, x: Tensor) -> str | None:
         """Say why stock operators would stand in for some of its own on x (N, C, *space), if they would."""
-        ...
-
-    def faster(self, x: Tensor, kernel_size: int | None) -> bool:
-        """Tell whether a block on x is known to take less time than with stock operators."""
         ...
 
     def depthwise(

@@ -86,10 +86,6 @@ class Cpu:
             return f"{x.shape[1]} channels are no multiple of {native.LANES}"
         return None
 
-    def faster(self, x: Tensor, kernel_size: int | None) -> bool:
-        """Tell that it is faster wherever it can be used."""
-        return True
-
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, transposed: bool = False
     ) -> tuple[Tensor, None]:

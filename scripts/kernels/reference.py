@@ -23,10 +23,6 @@ class Reference:
     def incomplete(self, x: Tensor) -> None:
         """Miss nothing, since stock operators are its own."""
 
-    def faster(self, x: Tensor, kernel_size: int | None) -> bool:
-        """Tell that nothing is faster than itself."""
-        return False
-
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, transposed: bool = False
     ) -> tuple[Tensor, None]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import autotune
 from . import mlp as folded
 from .autotune import constant
 from .backend import Moments, Weights, channels_last, foreign, plain
@@ -49,10 +48,6 @@ class Triton:
 
     def incomplete(self, x: Tensor) -> None:
         """Miss nothing: what is not suitable does not run at all."""
-
-    def faster(self, x: Tensor, kernel_size: int | None) -> bool:
-        """Tell whether it was measured to be faster on this GPU."""
-        return autotune.faster(x, kernel_size)
 
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, transposed: bool = False

@@ -21,6 +21,7 @@ from .waiting import share_cores
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 MAPPED = 2**25  # bytes: what glibc gets from the system afresh, and gives back, however often it is needed
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # as CUDA's driver and its libraries say it
 
 logger = logging.getLogger("mednext")
 
@@ -48,6 +49,11 @@ def free_memory() -> float:
     except FileNotFoundError:
         found = None
     return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Tell whether a GPU's memory was not enough."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @functools.cache

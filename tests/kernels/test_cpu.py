@@ -11,6 +11,7 @@ from scripts import kernels
 from scripts.blocks import MedNeXtBlock
 from scripts.kernels import CPU, REFERENCE, cpu_mlp, native
 from scripts.kernels.backend import Weights
+from scripts.kernels.exactness import inexact, outputs_and_gradients
 from scripts.mednext import create_mednext
 
 CONVOLUTIONS = [(1, False), (2, False), (2, True)]
@@ -57,27 +58,9 @@ MLPS = {
 }
 
 
-def outputs_and_gradients(operation, inputs):
-    """In the precision of the inputs; the gradient that comes in is the same for all."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    y = operation(*inputs)
-    incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-    return [y.detach(), *torch.autograd.grad(y, inputs, incoming)]
-
-
 def assert_as_exact_as_stock(operation, inputs, ours=CPU):
-    """Root mean square errors against float64, of outputs and all gradients: at most twice those of stock PyTorch.
-
-    The floor, for what stock computes exactly by luck, is one rounding of float32, or a hundredth of one of bfloat16.
-    """
-    exact = outputs_and_gradients(lambda *a: operation(REFERENCE, *a), [x.double() for x in inputs])
-    stock = outputs_and_gradients(lambda *a: operation(REFERENCE, *a), inputs)
-    made = outputs_and_gradients(lambda *a: operation(ours, *a), inputs)
-    for number, (truth, theirs, result) in enumerate(zip(exact, stock, made, strict=True)):
-        assert result.dtype == theirs.dtype
-        floor = max(0.01 * torch.finfo(result.dtype).eps, torch.finfo(torch.float32).eps)
-        bound = 2 * (theirs - truth).norm() + floor * truth.norm()
-        assert (result - truth).norm() <= bound, f"tensor {number}: {(result - truth).norm()} > {bound}"
+    reason = inexact(operation, inputs, ours)
+    assert reason is None, reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

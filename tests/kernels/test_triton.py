@@ -11,6 +11,7 @@ import torch
 from scripts.blocks import MedNeXtBlock, MedNeXtDownBlock, MedNeXtUpBlock
 from scripts.kernels import REFERENCE, TRITON
 from scripts.kernels.backend import channels_last
+from scripts.kernels.exactness import outputs_and_gradients
 
 from .test_cpu import (
     CONVOLUTIONS,
@@ -18,7 +19,6 @@ from .test_cpu import (
     assert_as_exact_as_stock,
     convolution_inputs,
     mlp_inputs,
-    outputs_and_gradients,
 )
 
 ROOT = Path(__file__).parents[2]
