@@ -1,4 +1,4 @@
-"""Training folders, parsed once: Medical Segmentation Decathlon's and nnU-Net v2's layout.
+"""Training folders, parsed once: Medical Segmentation Decathlon's and nnU-Net's layouts.
 
 A case is a dictionary `{"case": id, "image": file or list of files (one a channel), "label": file}`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from .folds import SPLITS, Fold, read_folds
-from .images import ENDINGS
+from .images import ENDINGS, PICTURE, parts
 from .labels import Labels
 from .scans import CHANNEL, case_id, image_files, list_scans, stem
 
@@ -129,21 +129,48 @@ class Dataset:
                 ' them, one a channel, "label": FILE}: correct it.'
             )
         *files, label = (str(self.folder / path) for path in paths)
+        files = self._channel_files(files)
         return {
             "case": case_id(Path(files[0]), len(self.channels)),
             "image": files[0] if len(files) == 1 else files,
             "label": label,
         }
 
+    def _channel_files(self, files: list[str]) -> list[str]:
+        """List the files of the channels, case_0000 and so on, of a case that nnU-Net v1 lists as one file, case."""
+        listed, name = Path(files[0]), stem(Path(files[0]))
+        found = [f"{name}_{channel:04d}{listed.name[len(name) :]}" for channel in range(len(self.channels))]
+        is_v1 = len(files) == 1 and not listed.exists() and (listed.parent / found[0]).exists()
+        return [str(listed.parent / file) for file in found] if is_v1 else files
+
+    def _listed_nnunet_case(self, name: str, entry: object) -> dict:
+        """Read an entry of nnU-Net's "dataset", whose files may lie anywhere."""
+        found = entry if isinstance(entry, dict) else {}
+        images, label = found.get("images"), found.get("label")
+        paths = [*images, label] if isinstance(images, list) and images else []
+        if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
+            raise UserError(
+                f'{self.file} has {repr(entry)[:80]} as "dataset" case {name}; expected {{"images": [FILE, ..], one a'
+                ' channel, "label": FILE}: correct it.'
+            )
+        *files, label = (str(self.folder / path) for path in paths)
+        return {"case": name, "image": files[0] if len(files) == 1 else files, "label": label}
+
     def _nnunet_cases(self) -> list[dict]:
-        ending = self.description.get("file_ending", ".nii.gz")
-        if ending not in ENDINGS:
-            raise UserError(f'{self.file} gives "file_ending" {ending!r}; expected .nii.gz or .nii: convert the files.')
+        if isinstance(listed := self.description.get("dataset"), dict):
+            return [self._listed_nnunet_case(name, entry) for name, entry in listed.items()]
+        ending, known = self.description.get("file_ending", ".nii.gz"), (*ENDINGS, *PICTURE.endings)
+        if ending not in known:
+            raise UserError(
+                f'{self.file} gives "file_ending" {ending!r}; expected one of {", ".join(known)}: convert the files.'
+            )
+        endings = ENDINGS if ending in ENDINGS else (ending,)
         images, labels = self.folder / "imagesTr", self.folder / "labelsTr"
         for folder in (images, labels):
             if not folder.is_dir():
                 raise UserError(f"{folder} not found; expected the nnU-Net v2 layout (imagesTr, labelsTr).")
-        names = {CHANNEL.sub("", stem(path)) for path in list_scans(images)} | {stem(p) for p in list_scans(labels)}
+        names = {CHANNEL.sub("", stem(p)) for p in list_scans(images, endings)}
+        names |= {stem(path) for path in list_scans(labels, endings)}
         found = []
         for name in names:
             files = [str(images / f"{name}_{channel:04d}{ending}") for channel in range(len(self.channels))]
@@ -188,4 +215,7 @@ def _channels(description: dict, file: Path) -> list[str]:
 
 def missing_files(case: dict) -> list[str]:
     """List those of a case's files that are not there."""
-    return [path for path in (*image_files(case), case["label"]) if not os.path.isfile(path)]  # of any text
+    files = [path for path in (*image_files(case), case["label"]) if not os.path.isdir(path)]  # of any text
+    return [
+        part for path in files for part in (parts(path) if os.path.isfile(path) else [path]) if not os.path.isfile(part)
+    ]

@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, SaveImaged
 
-from ..data.images import Geometry, three_axes
+from ..data.geometry import Geometry, three_axes
 from ..data.scans import find_scans
 from ..preprocessing.loading import as_scan
 from ..utils.device import amp_kwargs
