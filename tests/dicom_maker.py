@@ -74,7 +74,7 @@ def save_slices(folder: Path, found: list[FileDataset], name: str = "IM{:04d}", 
     folder.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng(0).permutation(len(found)) if shuffle else range(len(found))
     for number, made in zip(order, found, strict=True):
-        made.save_as(folder / name.format(number), enforce_file_format=True)
+        pydicom.dcmwrite(folder / name.format(number), made, enforce_file_format=True)
     return folder
 
 

@@ -278,8 +278,12 @@ def _pixels(file: str, shape: Sequence[int]) -> np.ndarray:
     pixels = require_package("pydicom.pixels", file)
     header = _read(file)
     try:
-        syntax = header.file_meta.get("TransferSyntaxUID") if hasattr(header, "file_meta") else None
-        if syntax is not None and syntax.is_compressed and not pixels.get_decoder(syntax).is_available:
+        if "TransferSyntaxUID" not in header.file_meta:  # of a file without DICOM's mark
+            uid = require_package("pydicom.uid", file)
+            implicit, _ = header.original_encoding
+            header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+        syntax = header.file_meta.TransferSyntaxUID
+        if syntax.is_compressed and not pixels.get_decoder(syntax).is_available:
             found = _by_itk(file, header)
         else:
             found = pixels.pixel_array(header)

@@ -18,6 +18,7 @@ from .geometry import Geometry, Header, StoredImage, from_lps, require_memory, t
 DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *(.+?)[ \r]*(?:\n|\Z)", re.IGNORECASE | re.MULTILINE)
 HEADER_END = re.compile(rb"\r?\n\r?\n")  # of NRRD
 COMPRESSED = re.compile(rb"^(?:CompressedData *= *True|encoding: *gz)", re.IGNORECASE | re.MULTILINE)
+NRRD = (".nrrd", ".nhdr")
 HEADER_BYTES = 2**20  # in which a text header ends
 LOCAL, LIST = re.compile("local", re.IGNORECASE), re.compile(r"list\b", re.IGNORECASE)
 
@@ -28,7 +29,7 @@ def read(path: str | Path) -> StoredImage:
     Raises:
         UserError: a file is missing or damaged, larger than the memory, or its voxels are no real numbers.
     """
-    itk, reader = _open(path)
+    itk, reader = open_reader(path)
     components, pixel = reader.GetNumberOfComponents(), itk.GetArrayFromImage(itk.Image([1, 1], reader.GetPixelID()))
     require_memory(path, [*reader.GetSize(), components], pixel.itemsize)
     _require_intact(path, math.prod(reader.GetSize()) * components * pixel.itemsize)
@@ -39,7 +40,7 @@ def read(path: str | Path) -> StoredImage:
 
 def read_header(path: str | Path) -> Header:
     """Read the header alone."""
-    return _header(_open(path)[1])
+    return _header(open_reader(path)[1])
 
 
 def parts(path: str | Path) -> list[str]:
@@ -56,13 +57,13 @@ def parts(path: str | Path) -> list[str]:
         lines = text[found.end() :].decode(errors="surrogateescape").split("\n")
         files = [path.parent / line.strip() for line in lines if line.strip()]
     elif "%" in named:  # a pattern and the range of its numbers
-        files = sorted(path.parent.glob(re.sub(r"%\d*d", "*", named.split()[0])))
+        files = sorted(path.parent.glob(re.sub(r"%\d*d", "[0-9]*", named.split()[0])))
     else:
         files = [path.parent / named]
     return [str(path), *map(str, files)]
 
 
-def _open(path: str | Path) -> tuple[Any, Any]:
+def open_reader(path: str | Path) -> tuple[Any, Any]:
     """Return SimpleITK and a reader that has read the header.
 
     Raises:
@@ -75,6 +76,7 @@ def _open(path: str | Path) -> tuple[Any, Any]:
             raise UserError(f"{part}{of} not found; add the file or remove its case.")
     reader = itk.ImageFileReader()
     reader.SetFileName(str(path))
+    reader.SetImageIO("NrrdImageIO" if str(path).lower().endswith(NRRD) else "MetaImageIO")  # ITK: by .mha, not .MHA
     _attempt(path, reader.ReadImageInformation)
     if "complex" in (kind := itk.GetPixelIDValueAsString(reader.GetPixelID())):
         raise UserError(f"{path} has complex voxels; expected real numbers: store magnitude or phase.")

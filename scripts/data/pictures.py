@@ -24,6 +24,8 @@ def read(path: str | Path) -> StoredImage:
     require_memory(path, header.geometry.shape, 8 * header.channels)
     try:
         with Image.open(path) as image:
+            image.verify()  # the checksums of PNG
+        with Image.open(path) as image:
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         raise _damaged(path, e) from e

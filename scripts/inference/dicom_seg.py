@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ def property_codes(name: str) -> tuple[Any, Any, Any]:
     rest = [word for word in words if word not in SIDES]
     side = next((SIDES[word] for word in words if word in SIDES), None)
     for group, category in GROUPS.items():
-        known = _known(getattr(codes, group))
+        known = _known(group)
         for wanted, of_side in ((words, None), (rest, side)):
             if found := known.get(frozenset(wanted), known.get("".join(wanted))):
                 return getattr(codes.cid7150, category), found, of_side and getattr(codes.cid247, of_side)
@@ -142,12 +143,14 @@ def property_codes(name: str) -> tuple[Any, Any, Any]:
     return codes.cid7150.Tissue, codes.cid7166.Tissue, None
 
 
-def _known(group: Any) -> dict[object, Any]:
+@functools.cache
+def _known(group: str) -> dict[object, Any]:
     """List the codes of a group by the set of the words of their names, and by their names in one word."""
     found: dict[object, Any] = {}
-    for keyword in sorted(group.dir(), reverse=True):  # of two with the same words, the first
+    codes = getattr(require_package("pydicom.sr.codedict", group).codes, group)
+    for keyword in sorted(codes.dir(), reverse=True):  # of two with the same words, the first
         words = [word.lower() for word in CAPITALIZED.findall(keyword)]
-        found |= dict.fromkeys((frozenset(words) - {"of", "the"}, "".join(words)), getattr(group, keyword))
+        found |= dict.fromkeys((frozenset(words) - {"of", "the"}, "".join(words)), getattr(codes, keyword))
     return found
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..data.geometry import StoredImage, from_lps
 from ..data.images import DICOM, MASK_ENDINGS, META, NIFTI, NRRD, format_of, read_image
+from ..data.itk import open_reader
 from ..data.nifti import new_image, open_image
 from ..data.scans import mask_file
 from ..data.visualization import COLOURS
@@ -163,7 +164,7 @@ def _itk(path: Path, mask: np.ndarray, scan: Scan, ending: str) -> None:
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
     if scan.is_of(NRRD, META):
-        _copy_place(itk, str(scan.path), image)
+        _copy_place(str(scan.path), image)
     for key, value in (slicer_segments(mask.shape, scan.labels) if ending == ".nrrd" else {}).items():
         image.SetMetaData(key, value)
     made = path.with_name(path.name + ending)
@@ -174,11 +175,9 @@ def _itk(path: Path, mask: np.ndarray, scan: Scan, ending: str) -> None:
         made.unlink(missing_ok=True)
 
 
-def _copy_place(itk: Any, scan: str, image: Any) -> None:
+def _copy_place(scan: str, image: Any) -> None:
     """Give a mask the very numbers of its scan's header, which may have more digits than an affine of ours."""
-    reader = itk.ImageFileReader()
-    reader.SetFileName(scan)
-    reader.ReadImageInformation()
+    _, reader = open_reader(scan)
     if reader.GetDimension() >= 3:
         axes = np.reshape(reader.GetDirection(), (reader.GetDimension(),) * 2)[:3, :3]
         image.SetSpacing(reader.GetSpacing()[:3])

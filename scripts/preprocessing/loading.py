@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,8 @@ class LoadScand(LoadImaged):
     """
 
     def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys, reader="NibabelReader", ensure_channel_first=True)
+        with _without_nvimgcodec():
+            super().__init__(keys, reader="NibabelReader", ensure_channel_first=True)
 
     def __call__(self, data: Mapping, reader: object = None) -> dict:
         """Load the files of each key.
@@ -43,6 +47,20 @@ class LoadScand(LoadImaged):
             if not isinstance(out[key], np.ndarray | torch.Tensor):
                 out[key] = load_scan(out[key], data.get(CASE))
         return out
+
+
+@contextmanager
+def _without_nvimgcodec() -> Iterator[None]:
+    """Keep MONAI from saying, where pydicom is installed, that its reader for DICOM on GPUs, unused here, is not whole."""
+    plugin = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "NvImgCodecPydicomReader", UserWarning)
+        level = plugin.level
+        plugin.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            plugin.setLevel(level)
 
 
 def load_scan(files: str | Path | Sequence[str | Path], case: str | None = None) -> MetaTensor:
