@@ -51,7 +51,7 @@ class LoadScand(LoadImaged):
 
 @contextmanager
 def _without_nvimgcodec() -> Iterator[None]:
-    """Keep MONAI from saying, where pydicom is installed, that its reader for DICOM on GPUs, unused here, is not whole."""
+    """Keep MONAI from saying, where pydicom is installed, that a reader for GPUs, unused here, is not whole."""
     plugin = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "NvImgCodecPydicomReader", UserWarning)
