@@ -25,6 +25,7 @@ TAGS = (
     "ImageType", "NumberOfFrames", "ImagePositionPatient", "SliceThickness", "SpacingBetweenSlices",
     "PixelRepresentation", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
 )  # fmt: skip
+SCALE = {"RescaleSlope": 1, "RescaleIntercept": 0}  # and what they are where they are not said, or 0
 EVEN = 0.1  # of the distance of two slices, by which one may lie off the line that all are on
 PARALLEL = 1e-3  # by which the axes of slices may differ
 
@@ -111,14 +112,21 @@ def find(path: str | Path) -> Series:
         UserError: there is none, a file is damaged, or the slices make no volume.
     """
     require_package("pydicom", path)
-    if Path(path).is_dir():
-        found = find_series(path)
-    else:
-        uid = str(_read(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID"))
-        found = [series for series in find_series(Path(path).parent) if series.uid == uid]
-    if not found:
-        raise UserError(f"{path} has no DICOM series of slices that have a place in the patient; give another folder.")
-    return _in_order(found[0])
+    try:
+        if Path(path).is_dir():
+            found = find_series(path)
+        else:
+            own = _read(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID")
+            found = [series for series in find_series(Path(path).parent) if series.uid == str(own)]
+        if not found:
+            raise UserError(
+                f"{path} has no DICOM series of slices that have a place in the patient; give another folder."
+            )
+        return _in_order(found[0])
+    except UserError:
+        raise
+    except Exception as e:  # of headers that have other things where the standard has numbers
+        raise UserError(f"{path} has DICOM files that make no volume ({e}); export the series again.") from e
 
 
 def read(path: str | Path) -> StoredImage:
@@ -135,14 +143,14 @@ def read(path: str | Path) -> StoredImage:
         voxels, affine = _frames(series)
         return StoredImage(str(path), Geometry(voxels.shape, from_lps(affine)), voxels, 1.0, 0.0)
     geometry = _header(series).geometry
-    scales = [(float(h.get("RescaleSlope", 1)), float(h.get("RescaleIntercept", 0))) for h in series.headers]
+    scales = [_scale(*slice_) for slice_ in zip(series.files, series.headers, strict=True)]
     scale = scales[0] if len(set(scales)) == 1 else None
     stored = np.result_type(*(_kind(header) for header in series.headers))
     kind = stored if scale else np.dtype(np.float32)
     require_memory(path, geometry.shape, kind.itemsize)
     voxels = np.empty(geometry.shape, kind, order="F")
     for place, file, (slope, intercept) in zip(voxels.transpose(2, 1, 0), series.files, scales, strict=True):
-        pixels = _pixels(file, place.shape)
+        pixels = _pixels(file, place.shape, stored)
         place[:] = pixels if scale else pixels * slope + intercept
     return StoredImage(str(path), geometry, voxels, *(scale or (1.0, 0.0)))
 
@@ -269,8 +277,21 @@ def _affine(series: Series) -> np.ndarray:
 # ---- pixels
 
 
-def _pixels(file: str, shape: Sequence[int]) -> np.ndarray:
-    """Read the stored pixels (rows, columns) of a file.
+def _scale(file: str, header: Any) -> tuple[float, float]:
+    """Return slope and intercept, 1 and 0 where nothing is said."""
+    try:
+        slope, intercept = (float(header.get(name) or other) for name, other in SCALE.items())
+    except (ValueError, TypeError) as e:
+        raise _damaged(file, e) from e
+    if not np.isfinite([slope, intercept]).all():
+        raise UserError(
+            f"{file} has the slope {slope} and the intercept {intercept}; expected numbers: export it again."
+        )
+    return slope, intercept
+
+
+def _pixels(file: str, shape: Sequence[int], kind: np.dtype) -> np.ndarray:
+    """Read the stored pixels (rows, columns) of a file, whose type fits into `kind`.
 
     Raises:
         UserError: they are not all there, or nothing here can decode them.
@@ -287,8 +308,8 @@ def _pixels(file: str, shape: Sequence[int]) -> np.ndarray:
             found = _by_itk(file, header)
         else:
             found = pixels.pixel_array(header)
-        if found.shape != tuple(shape):
-            raise ValueError(f"{found.shape} pixels, expected {tuple(shape)}")
+        if found.shape != tuple(shape) or not np.can_cast(found.dtype, kind):
+            raise ValueError(f"{found.shape} pixels of {found.dtype}, expected {tuple(shape)} of {kind}")
     except UserError:
         raise
     except Exception as e:  # of damaged files and unknown compressions of many kinds
@@ -300,7 +321,7 @@ def _by_itk(file: str, header: Any) -> np.ndarray:
     """Let ITK's GDCM decode a file, and take its scale back."""
     itk = require_package("SimpleITK", file)
     values = itk.GetArrayFromImage(itk.ReadImage(file)).reshape(int(header.Rows), int(header.Columns))
-    slope, intercept = float(header.get("RescaleSlope", 1)), float(header.get("RescaleIntercept", 0))
+    slope, intercept = _scale(file, header)
     return np.rint((values.astype(np.float64) - intercept) / slope).astype(_kind(header))
 
 

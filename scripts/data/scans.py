@@ -11,7 +11,7 @@ from ..utils.errors import UserError
 from . import dicom
 from .images import DICOM, ENDINGS, MASK_ENDINGS, PICTURE, format_of
 
-OTHER_ENDINGS = (".img", ".hdr", ".mgz", ".mgh", ".mnc", ".dcm")  # images that are no scans among files
+OTHER_ENDINGS = (".img", ".hdr", ".mgz", ".mgh", ".mnc")  # images, not read
 STEM_ENDINGS = (MASK_ENDINGS["nrrd"], *ENDINGS, *PICTURE.endings)  # the longest of a kind first
 MASK = "_seg"  # what stands behind a case's id in the name of its mask
 CHANNEL = re.compile(r"_(\d{4})$")  # nnU-Net's case_0000.nii.gz
@@ -32,12 +32,14 @@ def list_scans(folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    images = sorted(path for path in folder.iterdir() if path.name.lower().endswith((*endings, *OTHER_ENDINGS)))
+    known = (*endings, *OTHER_ENDINGS, *dicom.ENDINGS)
+    images = sorted(path for path in folder.iterdir() if path.name.lower().endswith(known))
     candidates = [path for path in images if _is_scan(path, endings)]
     cases = {name for path in candidates for name in (stem(path), CHANNEL.sub("", stem(path)))}
     masks = {f"{case}{MASK}" for case in cases}
     scans = [path for path in candidates if stem(path) not in masks]
-    if left_out := [path.name for path in images if path not in scans]:
+    alone = () if scans else dicom.ENDINGS  # where there is nothing else, DICOM files may be the scan
+    if left_out := [p.name for p in images if p not in scans and not p.name.lower().endswith(alone)]:
         logger.warning("left out of %s as masks, hidden, broken or of another format: %s", folder, ", ".join(left_out))
     return scans
 
@@ -123,8 +125,13 @@ def _dicom_folders(path: Path) -> list[Path]:
         folders = [path]
     else:
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and dicom.dicom_files(folder))
-    found = {folder: dicom.find_series(folder) for folder in folders}
-    for folder, series in found.items():
+    found: dict[Path, list] = {}
+    for folder in folders:
+        try:
+            series = found[folder] = dicom.find_series(folder)
+        except UserError:  # is said when the scan is read
+            found[folder] = [folder]
+            continue
         if len(series) > 1:
             others = ", ".join(map(str, series[1:4])) + (" and more" if len(series) > 4 else "")
             logger.warning("%s: series %s is taken; --series UID takes another: %s", folder, series[0], others)
@@ -169,8 +176,12 @@ def mask_file(case: str, scan: object = None, output_format: str | None = None) 
         scan: its image, whose format the mask has; None for NIfTI, which scoring, pooling and pictures look for.
         output_format: of `MASK_ENDINGS`, instead of the scan's.
     """
-    kind = output_format or ("nii.gz" if scan is None else format_of(str(scan)).mask)
-    return f"{case}{MASK}{MASK_ENDINGS[kind]}"
+    return f"{case}{MASK}{MASK_ENDINGS[output_format or mask_format(scan)]}"
+
+
+def mask_format(scan: object) -> str:
+    """Name the format, of `MASK_ENDINGS`, in which masks of such a scan are written; NIfTI for None."""
+    return "nii.gz" if scan is None else format_of(str(scan)).mask
 
 
 def case_of(meta: Mapping) -> str:

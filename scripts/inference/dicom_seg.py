@@ -23,6 +23,11 @@ LESIONS = {"tumor": "Neoplasm", "tumour": "Neoplasm", "cancer": "Neoplasm", "les
 PLURAL = {"vertebrae": "vertebra", "lungs": "lung", "kidneys": "kidney", "ventricles": "ventricle"}
 GROUPS = {"cid7192": "AnatomicalStructure", "cid7159": "MorphologicallyAbnormalStructure"}  # and their category
 WORD, CAPITALIZED = re.compile(r"[a-z0-9]+"), re.compile(r"[A-Z][a-z0-9]*")
+NAMED = (  # what a segmentation repeats of its slices, if only as unknown
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
+    "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+UNICODE = "ISO_IR 192"
 SERIES_NUMBER = 300  # behind those of scanners
 
 
@@ -43,6 +48,8 @@ def write(path: Path, mask: np.ndarray, scan: str, names: Mapping[int, str]) -> 
     series = dicom.find(scan)
     with pydicom.config.disable_value_validation():
         sources = [pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in series.files]
+        for source in sources:
+            _complete(source, series.uid)
         values = dict(
             sorted({**names, **{int(v): f"label {v}" for v in np.unique(mask) if v and v not in names}}.items())
         )
@@ -76,10 +83,11 @@ def read(path: str | Path, scan: str) -> StoredImage:
     Raises:
         UserError: it is damaged, no segmentation, or of other slices.
     """
-    highdicom = require_package("highdicom", path)
+    highdicom, pydicom = require_package("highdicom", path), require_package("pydicom", path)
     series, header = dicom.find(scan), dicom.read_header(scan)
     try:
-        found = highdicom.seg.segread(path)
+        with pydicom.config.disable_value_validation():
+            found = highdicom.seg.segread(path)
         uids = [str(image.SOPInstanceUID) for image in series.headers]
         options: dict[str, Any] = {"combine_segments": True, "ignore_spatial_locations": True}
         options |= {"assert_missing_frames_are_empty": True}
@@ -94,6 +102,24 @@ def read(path: str | Path, scan: str) -> StoredImage:
     return StoredImage(str(path), header.geometry, voxels, 1.0, 0.0)
 
 
+def _complete(source: Any, series: str) -> None:
+    """Put into a header what a segmentation repeats of it, where it was taken out, and make its texts Unicode."""
+    generate_uid = require_package("pydicom.uid", series).generate_uid
+    for name in NAMED:
+        if name not in source:
+            setattr(source, name, None)
+    for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        if not source.get(name):
+            setattr(source, name, generate_uid(entropy_srcs=[name, series]))  # one for all slices, and for all runs
+    source.decode()
+    source.SpecificCharacterSet = UNICODE
+
+
+def _text(name: str) -> str:
+    """Make a name one that DICOM allows: a line of less than 64 characters without its separator."""
+    return " ".join(name.replace("\\", "/").split())[:62] or "?"
+
+
 def _value(description: Any) -> str:
     return str(description.tracking_id).rpartition(" ")[2]
 
@@ -105,7 +131,7 @@ def _segment(number: int, value: int, name: str) -> Any:
     category, kind, side = property_codes(name)
     made = highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name[:64],
+        segment_label=_text(name),
         segmented_property_category=category,
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
@@ -113,7 +139,7 @@ def _segment(number: int, value: int, name: str) -> Any:
             name="MedNeXt", version=_version(), family=codes.cid7162.ArtificialIntelligence
         ),
         tracking_uid=highdicom.UID(),
-        tracking_id=f"{name[:48]} {value}",
+        tracking_id=f"{_text(name)[:48]} {value}",
         display_color=highdicom.color.CIELabColor.from_rgb(*map(int, COLOURS[(value - 1) % len(COLOURS)])),
     )
     if side is not None:

@@ -30,6 +30,7 @@ from ..utils.files import write_whole
 from ..utils.packages import require_package
 from . import dicom_seg
 
+PACKAGES = {"nrrd": "SimpleITK", "mha": "SimpleITK", "dicom_seg": "highdicom"}  # that write formats
 LABELS = "labels"  # of a mask's metadata: what its values mean
 
 
@@ -138,7 +139,18 @@ def write_mask(path: Path, mask: np.ndarray, scan: Scan) -> None:
         UserError: the scan has no such form.
     """
     kind = next(kind for kind, ending in MASK_ENDINGS.items() if str(path).endswith(ending))
+    require_format(scan.path, kind)
     write_whole(path, lambda partial: WRITERS[kind](partial, mask, scan))
+
+
+def require_format(scan: str | None, kind: str) -> None:
+    """Raise UserError unless the mask of a scan can be written in a format, of `MASK_ENDINGS`, here."""
+    if kind == "dicom_seg" and not (scan and format_of(scan) is DICOM):
+        raise UserError(
+            f"{scan or 'the image'} is no DICOM series, which a DICOM SEG refers to: give --output_format nii.gz."
+        )
+    if kind in PACKAGES:
+        require_package(PACKAGES[kind], scan)
 
 
 def _nifti(path: Path, mask: np.ndarray, scan: Scan) -> None:
@@ -213,17 +225,8 @@ def _png(path: Path, mask: np.ndarray, scan: Scan) -> None:
         raise UserError(
             f"{scan.path} has {mask.shape[2]} slices; expected one for a png mask: give --output_format nii.gz."
         )
-    Image.fromarray(np.ascontiguousarray(mask[:, :, 0].T.astype(np.uint8 if mask.max() < 256 else np.uint16))).save(
-        path, "png"
-    )
-
-
-def _dicom(path: Path, mask: np.ndarray, scan: Scan) -> None:
-    if not scan.is_of(DICOM):
-        raise UserError(
-            f"{scan.path or 'the image'} is no DICOM series, which a DICOM SEG refers to: give --output_format nii.gz."
-        )
-    dicom_seg.write(path, mask, str(scan.path), scan.labels)
+    pixels = mask[:, :, 0].T.astype(np.uint8 if mask.max() < 256 else np.uint16)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path, "png")
 
 
 WRITERS: dict[str, Callable[[Path, np.ndarray, Scan], None]] = {  # by MASK_ENDINGS
@@ -231,7 +234,7 @@ WRITERS: dict[str, Callable[[Path, np.ndarray, Scan], None]] = {  # by MASK_ENDI
     "nrrd": lambda path, mask, scan: _itk(path, mask, scan, ".nrrd"),
     "mha": lambda path, mask, scan: _itk(path, mask, scan, ".mha"),
     "png": _png,
-    "dicom_seg": _dicom,
+    "dicom_seg": lambda path, mask, scan: dicom_seg.write(path, mask, str(scan.path), scan.labels),
 }
 
 

@@ -19,13 +19,13 @@ from monai.transforms import SaveImage, SaveImaged
 
 from ..data.checks import check_same_grid
 from ..data.images import MASK_ENDINGS, read_header
-from ..data.scans import MASK, case_of, image_files, mask_file
+from ..data.scans import MASK, case_of, image_files, mask_file, mask_format
 from ..preprocessing.cache_key import description, digest, file_digest, image_digest
 from ..utils.device import amp_kwargs
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
 from ..weights.model_settings import ModelSettings
-from .export import read_mask
+from .export import read_mask, require_format
 from .sliding_window import SlidingWindowInferer
 
 PARTS = {"made_by": dict, "masks": dict, "files": list}  # of the file, and of what kind their entries are
@@ -91,8 +91,12 @@ class MaskRecord:
             skip_existing: leave out what is done, and say how much that is.
 
         Raises:
-            UserError: with `skip_existing`, masks in the folder that other weights or settings made.
+            UserError: a mask cannot be written in its format here; with `skip_existing`, masks in the folder that other
+                weights or settings made.
         """
+        for case in cases:
+            scan = image_files(case)[0]
+            require_format(scan, self.output_format or mask_format(scan))
         self._read()
         left = list(cases)
         if skip_existing:

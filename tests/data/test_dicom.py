@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from conftest import grid
+from conftest import grid, save
 from dicom_maker import header, multiframe, put_pixels, save_slices, slices, text
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
@@ -358,3 +358,61 @@ def test_modalities_that_are_no_scans_are_left_out(voxels, tmp_path):
     save_slices(folder, dose, "dose{}")
     require_same(folder, voxels)
     assert [series.slices for series in dicom.find_series(folder)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RescaleSlope", b"1,5 "),
+        ("PixelSpacing", b"1,5\\1,5 "),
+        ("ImagePositionPatient", b"0\\0"),
+        ("RescaleIntercept", b"x "),
+    ],
+)
+def test_what_is_no_number_is_named(name, value, voxels, tmp_path):
+    folder = save_slices(tmp_path / "s", slices(voxels, AFFINE), shuffle=False)
+    file = folder / "IM0002"
+    found = pydicom.dcmread(file)[name].value
+    old = "\\".join(map(str, found)) if isinstance(found, pydicom.multival.MultiValue) else str(found)
+    raw = old.encode() + b" " * (len(old) % 2)
+    content = file.read_bytes()
+    assert content.count(raw) >= 1
+    at = content.index(
+        raw, content.index(pydicom.tag.Tag(pydicom.datadict.tag_for_keyword(name)).group.to_bytes(2, "little"))
+    )
+    head = content[: at - 2] + len(value).to_bytes(2, "little")
+    file.write_bytes(head + value + content[at + len(raw) :])
+    with pytest.raises(UserError, match="IM0002|/s has DICOM files that make no volume"):
+        read_image(folder)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [("", ""), (0, 5), ("nan", 0)])
+def test_an_empty_scale_is_none(slope, intercept, voxels, tmp_path):
+    made = slices(voxels, AFFINE)
+    for file in made:
+        file.RescaleSlope, file.RescaleIntercept = slope, intercept
+    folder = save_slices(tmp_path / "s", made)
+    if slope == "nan":
+        with pytest.raises(UserError, match=r"IM\d+ has the slope nan"):
+            read_image(folder)
+    else:
+        require_same(folder, voxels + (intercept or 0))
+
+
+def test_dicom_files_beside_scans_are_left_out_and_said(voxels, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+    folder = save_slices(tmp_path / "s", slices(voxels, AFFINE), "{}.dcm")
+    assert find_scans(str(folder)) == [{"case": "s", "image": str(folder)}]
+    assert not caplog.messages
+    save(folder / "a.nii.gz", voxels)
+    assert [scan["case"] for scan in find_scans(str(folder))] == ["a"]
+    assert "0.dcm, 1.dcm" in caplog.text
+
+
+def test_a_damaged_folder_does_not_keep_the_others(voxels, tmp_path):
+    save_slices(tmp_path / "a", slices(voxels, AFFINE))
+    save_slices(tmp_path / "b", slices(voxels, AFFINE))
+    (tmp_path / "b/IM0001").write_bytes((tmp_path / "b/IM0001").read_bytes()[:300])
+    assert [scan["case"] for scan in find_scans(str(tmp_path))] == ["a", "b"]
+    with pytest.raises(UserError):
+        read_image(tmp_path / "b")
