@@ -79,7 +79,16 @@ def test_names_in_any_alphabet_and_of_any_length(tmp_path):
 
 
 def test_a_series_without_a_patient_has_a_segmentation(tmp_path):
-    gone = "PatientName PatientID PatientBirthDate PatientSex StudyInstanceUID StudyID StudyDate StudyTime".split()
+    gone = [
+        "PatientName",
+        "PatientID",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyInstanceUID",
+        "StudyID",
+        "StudyDate",
+        "StudyTime",
+    ]
     gone += ["AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "Manufacturer"]
 
     def change(made):
