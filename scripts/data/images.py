@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import dicom, itk, nifti, pictures
+from .dicom_series import dicom_files, is_dicom
 from .geometry import Header, StoredImage
 
 
@@ -39,7 +40,7 @@ def format_of(path: str | Path) -> Format:
     for kind in (NIFTI, NRRD, META, PICTURE):
         if name.endswith(kind.endings):
             return kind
-    return DICOM if Path(path).is_dir() or dicom.is_dicom(path) else NIFTI
+    return DICOM if Path(path).is_dir() or is_dicom(path) else NIFTI
 
 
 def read_image(path: str | Path) -> StoredImage:
@@ -61,7 +62,7 @@ def read_header(path: str | Path) -> Header:
 
 def is_image(path: str | Path) -> bool:
     """Tell whether there is a file, or a folder with DICOM files."""
-    return Path(path).is_file() or (Path(path).is_dir() and bool(dicom.dicom_files(path)))
+    return Path(path).is_file() or (Path(path).is_dir() and bool(dicom_files(path)))
 
 
 def parts(path: str | Path) -> list[str]:

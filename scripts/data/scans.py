@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.errors import UserError
-from . import dicom
+from . import dicom_series
 from .images import DICOM, ENDINGS, MASK_ENDINGS, PICTURE, format_of
 
 OTHER_ENDINGS = (".img", ".hdr", ".mgz", ".mgh", ".mnc")  # images, not read
@@ -32,13 +32,13 @@ def list_scans(folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    known = (*endings, *OTHER_ENDINGS, *dicom.ENDINGS)
+    known = (*endings, *OTHER_ENDINGS, *dicom_series.ENDINGS)
     images = sorted(path for path in folder.iterdir() if path.name.lower().endswith(known))
     candidates = [path for path in images if _is_scan(path, endings)]
     cases = {name for path in candidates for name in (stem(path), CHANNEL.sub("", stem(path)))}
     masks = {f"{case}{MASK}" for case in cases}
     scans = [path for path in candidates if stem(path) not in masks]
-    alone = () if scans else dicom.ENDINGS  # where there is nothing else, DICOM files may be the scan
+    alone = () if scans else dicom_series.ENDINGS  # where there is nothing else, DICOM files may be the scan
     if left_out := [p.name for p in images if p not in scans and not p.name.lower().endswith(alone)]:
         logger.warning("left out of %s as masks, hidden, broken or of another format: %s", folder, ", ".join(left_out))
     return scans
@@ -101,7 +101,7 @@ def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, d
 
 def _files_of_one(path: Path, channels: int, endings: tuple[str, ...]) -> list[Path]:
     if not path.name.lower().endswith(endings):
-        if dicom.is_dicom(path):
+        if dicom_series.is_dicom(path):
             return [path]  # one slice stands for its series
         raise UserError(f"{path} is no scan by its name; expected {', '.join(endings)}, or a DICOM file.")
     if channels == 1:
@@ -121,14 +121,14 @@ def _files_in(path: Path, endings: tuple[str, ...]) -> list[Path]:
 
 def _dicom_folders(path: Path) -> list[Path]:
     """List the folders that are a scan each: this one, or those in it."""
-    if any(dicom.is_dicom(file) for file in path.iterdir() if file.is_file()):
+    if any(dicom_series.is_dicom(file) for file in path.iterdir() if file.is_file()):
         folders = [path]
     else:
-        folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and dicom.dicom_files(folder))
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and dicom_series.dicom_files(folder))
     found: dict[Path, list] = {}
     for folder in folders:
         try:
-            series = found[folder] = dicom.find_series(folder)
+            series = found[folder] = dicom_series.find_series(folder)
         except UserError:  # is said when the scan is read
             found[folder] = [folder]
             continue
@@ -146,7 +146,7 @@ def _of_series(path: Path, uid: str) -> dict:
     Raises:
         UserError: there is no such series, or it lies in several folders.
     """
-    found = dicom.find_series(path if path.is_dir() else path.parent)
+    found = dicom_series.find_series(path if path.is_dir() else path.parent)
     wanted = [series for series in found if series.uid == uid]
     if not wanted:
         there = ", ".join(map(str, found)) or "none"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data import dicom
+from ..data.dicom_series import find
 from ..data.geometry import StoredImage
 from ..data.visualization import COLOURS
 from ..utils.errors import UserError
@@ -45,7 +46,7 @@ def write(path: Path, mask: np.ndarray, scan: str, names: Mapping[int, str]) -> 
     """
     highdicom = require_package("highdicom", scan)
     pydicom = require_package("pydicom", scan)
-    series = dicom.find(scan)
+    series = find(scan)
     with pydicom.config.disable_value_validation():
         sources = [pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in series.files]
         for source in sources:
@@ -84,7 +85,7 @@ def read(path: str | Path, scan: str) -> StoredImage:
         UserError: it is damaged, no segmentation, or of other slices.
     """
     highdicom, pydicom = require_package("highdicom", path), require_package("pydicom", path)
-    series, header = dicom.find(scan), dicom.read_header(scan)
+    series, header = find(scan), dicom.read_header(scan)
     try:
         with pydicom.config.disable_value_validation():
             found = highdicom.seg.segread(path)

@@ -23,7 +23,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from scripts.data import dicom
+from scripts.data.dicom_series import find_series
 from scripts.data.images import parts, read_header, read_image
 from scripts.data.scans import find_scans
 from scripts.utils.errors import UserError
@@ -357,7 +357,7 @@ def test_modalities_that_are_no_scans_are_left_out(voxels, tmp_path):
         file.Modality = "RTDOSE"
     save_slices(folder, dose, "dose{}")
     require_same(folder, voxels)
-    assert [series.slices for series in dicom.find_series(folder)] == [6]
+    assert [series.slices for series in find_series(folder)] == [6]
 
 
 @pytest.mark.parametrize(
