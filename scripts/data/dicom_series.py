@@ -19,6 +19,7 @@ TAGS = (
     "ImageType", "NumberOfFrames", "ImagePositionPatient", "SliceThickness", "SpacingBetweenSlices",
     "PixelRepresentation", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
 )  # fmt: skip
+IN_IMAGES = ("SOPInstanceUID", "SeriesInstanceUID", "Rows", "BitsAllocated")  # of all objects the first two
 EVEN = 0.1  # of the distance of two slices, by which one may lie off the line that all are on
 PARALLEL = 1e-3  # by which the axes of slices may differ
 
@@ -61,11 +62,14 @@ def is_dicom(path: str | Path) -> bool:
 
 
 def dicom_files(folder: str | Path) -> list[str]:
-    """List the DICOM files in a folder and those below it, sorted; hidden files are none."""
-    found = (
+    """List the DICOM files in a folder and below it, sorted: empty ones of their ending, too, hidden ones not."""
+    found = [
         os.path.join(place, name) for place, _, names in os.walk(folder) for name in names if not name.startswith(".")
-    )
-    return sorted(path for path in found if is_dicom(path))
+    ]
+    known = [path for path in found if is_dicom(path)]
+    endings = {os.path.splitext(path)[1] for path in known}
+    empty = (path for path in found if os.path.splitext(path)[1] in endings and not os.path.getsize(path))
+    return sorted({*known, *empty})
 
 
 def find_series(folder: str | Path) -> list[Series]:
@@ -80,6 +84,7 @@ def find_series(folder: str | Path) -> list[Series]:
     groups: dict[str, dict[str, tuple[str, Any]]] = {}
     for file in dicom_files(folder):
         header = read_file(file, stop_before_pixels=True, specific_tags=list(TAGS))
+        _require_whole(file, header)
         if _is_slice(header):
             series = groups.setdefault(str(header.SeriesInstanceUID), {})
             series.setdefault(str(header.SOPInstanceUID), (file, header))  # a file that was copied counts once
@@ -88,6 +93,15 @@ def find_series(folder: str | Path) -> list[Series]:
         for uid, members in groups.items()
     ]
     return sorted(found, key=lambda s: (not s.is_axial, -s.slices, int(s.headers[0].get("SeriesNumber") or 0), s.uid))
+
+
+def _require_whole(file: str, header: Any) -> None:
+    """Raise UserError for a header that ends before it says what every image says; pydicom takes it as it is."""
+    kind = header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
+    name = kind.name if kind else ""
+    wanted = IN_IMAGES if "Image Storage" in name else () if "Directory" in name else IN_IMAGES[:2]
+    if not name or not all(key in header for key in wanted):
+        raise damaged(file, EOFError("its header ends too early"))
 
 
 def _is_slice(header: Any) -> bool:

@@ -89,6 +89,8 @@ def read(path: str | Path, scan: str) -> StoredImage:
     try:
         with pydicom.config.disable_value_validation():
             found = highdicom.seg.segread(path)
+        if (of := str(found.ReferencedSeriesSequence[0].SeriesInstanceUID)) != series.uid:
+            raise ValueError(f"it is of the series {of}")
         uids = [str(image.SOPInstanceUID) for image in series.headers]
         options: dict[str, Any] = {"combine_segments": True, "ignore_spatial_locations": True}
         options |= {"assert_missing_frames_are_empty": True}

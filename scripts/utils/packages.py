@@ -8,7 +8,7 @@ from types import ModuleType
 
 from .errors import UserError
 
-EXTRAS = {"SimpleITK": "itk", "pydicom": "dicom", "highdicom": "dicom"}  # of pyproject.toml
+EXTRAS = {"itk": ["SimpleITK"], "dicom": ["pydicom", "highdicom", "SimpleITK"]}  # of pyproject.toml
 PROJECT = "mednext-bundle"
 
 
@@ -31,8 +31,9 @@ def require_package(name: str, path: object) -> ModuleType:
 
 def _wanted(package: str) -> str:
     """Name what to install: the project's extra, where the project itself is installed."""
+    extra = next(extra for extra, packages in EXTRAS.items() if package in packages)
     try:
         distribution(PROJECT)
     except PackageNotFoundError:
-        return " ".join(name for name, extra in EXTRAS.items() if extra == EXTRAS[package])
-    return f'"{PROJECT}[{EXTRAS[package]}]"'
+        return " ".join(EXTRAS[extra])
+    return f'"{PROJECT}[{extra}]"'

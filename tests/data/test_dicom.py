@@ -14,11 +14,13 @@ from conftest import grid, save
 from dicom_maker import header, multiframe, put_pixels, save_slices, slices, text
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
+    BasicTextSRStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEGLosslessSV1,
     JPEGLSLossless,
+    MediaStorageDirectoryStorage,
     RLELossless,
     generate_uid,
 )
@@ -274,12 +276,23 @@ def test_colours_are_refused(voxels, tmp_path):
     refused(save_slices(tmp_path / "s", made), "has colours; expected one number a voxel")
 
 
-@pytest.mark.parametrize("keep", [200, 700, -100])
-def test_a_truncated_file_is_named(keep, voxels, tmp_path):
+@pytest.mark.parametrize("which", [0, 2, 5])
+@pytest.mark.parametrize("keep", [0, 140, 200, 300, 400, 700, 1000, -100])
+def test_a_truncated_file_is_named(keep, which, voxels, tmp_path):
+    file = save_slices(tmp_path / "s", slices(voxels, AFFINE), shuffle=False) / f"IM{which:04d}"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=rf"{file.name} \(\d+ bytes\) is not a complete DICOM file"):
+        read_image(file.parent)
+
+
+def test_a_directory_of_files_and_notes_are_no_slices(voxels, tmp_path):
     folder = save_slices(tmp_path / "s", slices(voxels, AFFINE))
-    (folder / "IM0002").write_bytes((folder / "IM0002").read_bytes()[:keep])
-    with pytest.raises(UserError, match="IM0002|1 slices are missing"):
-        read_image(folder)
+    directory = header(UIDS[1], 0)
+    directory.file_meta.MediaStorageSOPClassUID = directory.SOPClassUID = MediaStorageDirectoryStorage
+    del directory.SeriesInstanceUID
+    directory.save_as(folder / "DICOMDIR", enforce_file_format=True)
+    (folder / "notes.txt").touch()
+    require_same(folder, voxels)
 
 
 def test_without_pixels_a_file_is_named(voxels, tmp_path):
@@ -293,6 +306,7 @@ def test_a_folder_without_a_series_is_said(tmp_path):
     (tmp_path / "s").mkdir()
     report = header(UIDS[0], 0)
     report.Modality = "SR"
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
     report.save_as(tmp_path / "s" / "report", enforce_file_format=True)
     refused(tmp_path / "s", "s has no DICOM series of slices")
 
@@ -386,14 +400,14 @@ def test_what_is_no_number_is_named(name, value, voxels, tmp_path):
         read_image(folder)
 
 
-@pytest.mark.parametrize(("slope", "intercept"), [("", ""), (0, 5), ("nan", 0)])
+@pytest.mark.parametrize(("slope", "intercept"), [("", ""), (0, 5), ("1e400", 0)])
 def test_an_empty_scale_is_none(slope, intercept, voxels, tmp_path):
     made = slices(voxels, AFFINE)
     for file in made:
         file.RescaleSlope, file.RescaleIntercept = slope, intercept
     folder = save_slices(tmp_path / "s", made)
-    if slope == "nan":
-        with pytest.raises(UserError, match=r"IM\d+ has the slope nan"):
+    if slope == "1e400":
+        with pytest.raises(UserError, match=r"IM\d+ has the slope inf"):
             read_image(folder)
     else:
         require_same(folder, voxels + (intercept or 0))

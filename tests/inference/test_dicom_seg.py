@@ -152,7 +152,7 @@ def test_a_format_that_cannot_be_written_is_said_before_anything_is_segmented(tm
 
     monkeypatch.setattr(packages.importlib, "import_module", missing)
     folder = str(tmp_path)
-    with pytest.raises(UserError, match="needs the package highdicom: pip install SimpleITK pydicom highdicom"):
+    with pytest.raises(UserError, match="needs the package highdicom: pip install pydicom highdicom SimpleITK"):
         require_format(folder, "dicom_seg")
     with pytest.raises(UserError, match="needs the package SimpleITK: pip install SimpleITK"):
         require_format("scan.nii", "nrrd")
