@@ -285,11 +285,15 @@ def test_training_and_scoring_take_every_format(form, phantom_dir, tmp_path):
     names = data_of_format(phantom_dir, data, ".nrrd" if form == "dicom" else f".{form}")
     if form == "dicom":
         for name in names:
-            image = nib.load(phantom_dir / "imagesTr" / f"{name}.nii.gz")
+            image, label = (  # on a grid that slices of DICOM can have
+                nib.as_closest_canonical(nib.load(phantom_dir / part / f"{name}.nii.gz"))
+                for part in ("imagesTr", "labelsTr")
+            )
             save_slices(data / "dicom" / name, slices(np.rint(image.get_fdata()).astype(np.int16), image.affine))
+            nib.save(label, data / "labelsTr" / f"{name}.nii.gz")
         shutil.rmtree(data / "imagesTr")
         description = json.loads((data / "dataset.json").read_text())
-        description["dataset"] = {n: {"images": [f"dicom/{n}"], "label": f"labelsTr/{n}.nrrd"} for n in names}
+        description["dataset"] = {n: {"images": [f"dicom/{n}"], "label": f"labelsTr/{n}.nii.gz"} for n in names}
         (data / "dataset.json").write_text(json.dumps(description))
     common = ("--dataset_dir", data, "--ckpt_dir", tmp_path / "models", "--output_dir", tmp_path / "eval")
     bundle("training", "--config_file", "configs/train.json", *common, *TINY, *COARSE, "--epochs", 1, "--iterations", 1)
