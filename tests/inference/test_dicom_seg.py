@@ -164,3 +164,8 @@ def test_png_is_of_single_slices(tmp_path):
     with pytest.raises(UserError, match="has 2 slices; expected one for a png mask"):
         write_mask(tmp_path / "a_seg.png", np.zeros((3, 3, 2), np.uint8), Scan("a.nii"))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_array_has_no_segmentation(tmp_path):
+    with pytest.raises(UserError, match="the image is no DICOM series"):
+        write_mask(tmp_path / "a_seg.dcm", np.zeros((3, 3, 2), np.uint8), Scan())
