@@ -68,3 +68,8 @@ def is_image(path: str | Path) -> bool:
 def parts(path: str | Path) -> list[str]:
     """List the files that an image is made of, whether they are there or not."""
     return format_of(path).parts(path)
+
+
+def first_channel(path: str | Path) -> StoredImage:
+    """Read an image (X, Y, Z), of several channels the first: what pictures show."""
+    return next(read_image(path).channels())

@@ -44,9 +44,13 @@ def list_scans(folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
     return scans
 
 
+def is_file_of(path: Path, endings: tuple[str, ...]) -> bool:
+    """Tell whether a path is a file, not hidden, that ends so."""
+    return path.is_file() and path.name.lower().endswith(endings) and not path.name.startswith(".")
+
+
 def _is_scan(path: Path, endings: tuple[str, ...]) -> bool:
-    name = path.name.lower()
-    return path.is_file() and name.endswith(endings) and not name.startswith(".") and not name.endswith(STEM_ENDINGS[0])
+    return is_file_of(path, endings) and not path.name.lower().endswith(MASK_ENDINGS["nrrd"])
 
 
 def stem(path: Path) -> str:

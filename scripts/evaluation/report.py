@@ -27,13 +27,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from ..data.images import read_image
+from ..data.images import first_channel
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, sha256, write_whole
 from ..weights import model_settings
+from .tables import METRICS
 
-METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
 DECIMALS = {"dice": 3, "nsd": 3, "hd95_mm": 2}
 VIEW = "LAS"  # the first voxel is the patient's right, rear, lowest: radiological once rows run from top to bottom
 PLANES = ("sagittal", "coronal", "axial")  # across x, y, z
@@ -267,7 +267,7 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
     """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
-    image = next(read_image(path).channels())
+    image = first_channel(path)
     turn = ornt_transform(io_orientation(image.geometry.affine), axcodes2ornt(VIEW))
     edges = [image.geometry.spacing[axis] for axis in np.argsort(turn[:, 0])]
     return apply_orientation(image.values.astype(np.float32), turn), edges

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImaged
+from monai.transforms import LoadImaged, MapTransform
 from monai.utils import ensure_tuple
 
 from ..data.checks import check_image, check_same_grid
@@ -33,8 +30,7 @@ class LoadScand(LoadImaged):
     """
 
     def __init__(self, keys: KeysCollection) -> None:
-        with _without_nvimgcodec():
-            super().__init__(keys, reader="NibabelReader", ensure_channel_first=True)
+        MapTransform.__init__(self, keys)  # and not LoadImaged's, which sets up every reader that is installed
 
     def __call__(self, data: Mapping, reader: object = None) -> dict:
         """Load the files of each key.
@@ -47,20 +43,6 @@ class LoadScand(LoadImaged):
             if not isinstance(out[key], np.ndarray | torch.Tensor):
                 out[key] = load_scan(out[key], data.get(CASE))
         return out
-
-
-@contextmanager
-def _without_nvimgcodec() -> Iterator[None]:
-    """Keep MONAI from saying, where pydicom is installed, that a reader for GPUs, unused here, is not whole."""
-    plugin = logging.getLogger("monai.data.nvimgcodec_pydicom_plugin")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "NvImgCodecPydicomReader", UserWarning)
-        level = plugin.level
-        plugin.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            plugin.setLevel(level)
 
 
 def load_scan(files: str | Path | Sequence[str | Path], case: str | None = None) -> MetaTensor:
