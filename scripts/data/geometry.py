@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,6 +147,33 @@ def three_axes(voxels: np.ndarray) -> np.ndarray:
     while voxels.ndim > 3 and (voxels.shape[-1] == 1 or (voxels.ndim > 4 and voxels.shape[3] == 1)):
         voxels = voxels[..., 0] if voxels.shape[-1] == 1 else voxels[:, :, :, 0]
     return voxels.reshape((*voxels.shape, 1, 1)[:3], order="F") if voxels.ndim < 3 else voxels
+
+
+def on_one_grid(one: StoredImage, other: StoredImage) -> tuple[StoredImage, StoredImage]:
+    """Lay two images (X, Y, Z) that are cropped or turned differently on the smallest grid that holds both.
+
+    Axes and voxels' edges are those of `one`; voxels that an image lacks are 0. Nothing is interpolated, so that images
+    whose voxels do not lie on each other still have affines that differ.
+    """
+    turn = nib.orientations.ornt_transform(*(nib.io_orientation(image.geometry.affine) for image in (other, one)))
+    affine = other.geometry.affine @ nib.orientations.inv_ornt_aff(turn, other.voxels.shape)
+    turned = other._replace(
+        voxels=nib.orientations.apply_orientation(other.voxels, turn),
+        geometry=replace(other.geometry, affine=affine),
+    )
+    start = np.rint(np.linalg.solve(one.geometry.affine, affine[:, 3]))[:3].astype(int)
+    first = np.minimum(start, 0)
+    shape = np.maximum(one.voxels.shape, start + turned.voxels.shape) - first
+    return _padded(one, -first, shape), _padded(turned, start - first, shape)
+
+
+def _padded(image: StoredImage, before: np.ndarray, shape: np.ndarray) -> StoredImage:
+    require_memory(image.path, shape.tolist(), image.voxels.itemsize)
+    voxels = np.zeros(shape, image.voxels.dtype)
+    voxels[tuple(slice(low, low + n) for low, n in zip(before, image.voxels.shape, strict=True))] = image.voxels
+    affine = image.geometry.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ before
+    return image._replace(voxels=voxels, geometry=replace(image.geometry, shape=voxels.shape, affine=affine))
 
 
 class Header(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..data import dicom
 from ..data.dicom_series import find
-from ..data.geometry import StoredImage
+from ..data.geometry import Geometry, StoredImage, from_lps
 from ..data.visualization import COLOURS
 from ..utils.errors import UserError
 from ..utils.packages import require_package
@@ -30,6 +31,7 @@ NAMED = (  # what a segmentation repeats of its slices, if only as unknown
 )  # fmt: skip
 UNICODE = "ISO_IR 192"
 SERIES_NUMBER = 300  # behind those of scanners
+MODEL = "MedNeXt"  # as the maker of a segmentation
 
 
 def write(path: Path, mask: np.ndarray, scan: str, names: Mapping[int, str]) -> None:
@@ -69,7 +71,7 @@ def write(path: Path, mask: np.ndarray, scan: str, names: Mapping[int, str]) -> 
             sop_instance_uid=highdicom.UID(),
             instance_number=1,
             manufacturer="MedNeXt MONAI bundle",
-            manufacturer_model_name="MedNeXt",
+            manufacturer_model_name=MODEL,
             software_versions=_version(),
             device_serial_number="0",
             content_label="SEGMENTATION",
@@ -84,11 +86,8 @@ def read(path: str | Path, scan: str) -> StoredImage:
     Raises:
         UserError: it is damaged, no segmentation, or of other slices.
     """
-    highdicom, pydicom = require_package("highdicom", path), require_package("pydicom", path)
     series, header = find(scan), dicom.read_header(scan)
-    try:
-        with pydicom.config.disable_value_validation():
-            found = highdicom.seg.segread(path)
+    with _segmentation(path, f"segmentation of {scan}") as found:
         if (of := str(found.ReferencedSeriesSequence[0].SeriesInstanceUID)) != series.uid:
             raise ValueError(f"it is of the series {of}")
         uids = [str(image.SOPInstanceUID) for image in series.headers]
@@ -98,11 +97,45 @@ def read(path: str | Path, scan: str) -> StoredImage:
             planes = found.get_pixels_by_source_frame(uids[0], dicom.frame_numbers(series), **options)
         else:
             planes = found.get_pixels_by_source_instance(uids, **options)
-        values = np.array([0, *(int(_value(found.get_segment_description(n))) for n in found.segment_numbers)])
+        return StoredImage(str(path), header.geometry, _values(found)[planes.transpose(2, 1, 0)], 1.0, 0.0)
+
+
+def read_alone(path: str | Path) -> StoredImage:
+    """Read a segmentation that anything made without its series: on a grid of the slices from its first to its last.
+
+    Values are label values where this bundle wrote it, else the numbers of the segments.
+
+    Raises:
+        UserError: it is damaged, no segmentation, its slices are no volume, or its segments overlap.
+    """
+    with _segmentation(path, "segmentation on a stack of even slices") as found:
+        volume = found.get_volume(combine_segments=True)
+        voxels = _values(found)[volume.array.transpose(2, 1, 0)]
+        return StoredImage(
+            str(path), Geometry(voxels.shape, from_lps(volume.affine[:, [2, 1, 0, 3]])), voxels, 1.0, 0.0
+        )
+
+
+@contextmanager
+def _segmentation(path: str | Path, what: str) -> Iterator[Any]:
+    """Open a segmentation with highdicom; whatever is wrong with it is a UserError."""
+    highdicom, pydicom = require_package("highdicom", path), require_package("pydicom", path)
+    try:
+        with pydicom.config.disable_value_validation():
+            yield highdicom.seg.segread(path)
     except Exception as e:  # of damaged files of many kinds
-        raise UserError(f"{path} is no segmentation of {scan} ({e}); make it again.") from e
-    voxels = values.astype(np.uint8 if values.max() < 256 else np.int16)[planes.transpose(2, 1, 0)]
-    return StoredImage(str(path), header.geometry, voxels, 1.0, 0.0)
+        raise UserError(f"{path} is no {what} ({e}); make it again.") from e
+
+
+def _values(found: Any) -> np.ndarray:
+    """Return the label value of each segment by its number, 0 of none: as its tracking ID says where this wrote it."""
+    numbers = list(found.segment_numbers)
+    said = numbers
+    if found.get("ManufacturerModelName") == MODEL:
+        said = [int(found.get_segment_description(n).tracking_id.rpartition(" ")[2]) for n in numbers]
+    values = np.zeros(max(numbers) + 1, np.uint8 if max(said) < 256 else np.int16)
+    values[numbers] = said
+    return values
 
 
 def _complete(source: Any, series: str) -> None:
@@ -123,10 +156,6 @@ def _text(name: str) -> str:
     return " ".join(name.replace("\\", "/").split())[:62] or "?"
 
 
-def _value(description: Any) -> str:
-    return str(description.tracking_id).rpartition(" ")[2]
-
-
 def _segment(number: int, value: int, name: str) -> Any:
     """Describe a segment: its name, its codes and colour, and its label value as the end of its tracking ID."""
     highdicom = require_package("highdicom", name)
@@ -139,7 +168,7 @@ def _segment(number: int, value: int, name: str) -> Any:
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="MedNeXt", version=_version(), family=codes.cid7162.ArtificialIntelligence
+            name=MODEL, version=_version(), family=codes.cid7162.ArtificialIntelligence
         ),
         tracking_uid=highdicom.UID(),
         tracking_id=f"{_text(name)[:48]} {value}",
