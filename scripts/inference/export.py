@@ -23,7 +23,7 @@ from ..data.geometry import StoredImage, from_lps
 from ..data.images import DICOM, MASK_ENDINGS, META, NIFTI, NRRD, format_of, read_image
 from ..data.itk import open_reader
 from ..data.nifti import new_image, open_image
-from ..data.scans import mask_file
+from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS
 from ..utils.errors import UserError
 from ..utils.files import write_whole
@@ -74,10 +74,11 @@ class MaskLayout(FolderLayoutBase):
     Args:
         output_dir: folder for the masks.
         output_format: of `data.images.MASK_ENDINGS`; None for that of each scan.
+        output_file: the mask of a single scan, instead of both.
     """
 
-    def __init__(self, output_dir: str, output_format: str | None = None) -> None:
-        self.output_dir, self.output_format = Path(output_dir), output_format
+    def __init__(self, output_dir: str, output_format: str | None = None, output_file: str | None = None) -> None:
+        self.output_dir, self.output_format, self.output_file = Path(output_dir), output_format, output_file
 
     def filename(self, subject: str, idx: object = None, scan: object = None, **parts: object) -> str:  # type: ignore[override] # as MONAI calls it
         """Return the path of a mask.
@@ -88,7 +89,27 @@ class MaskLayout(FolderLayoutBase):
             scan: file or folder of the image.
             parts: unused.
         """
-        return str(self.output_dir / mask_file(subject, scan, self.output_format))
+        return self.output_file or str(self.output_dir / mask_file(subject, scan, self.output_format))
+
+    def mask(self, case: dict) -> Path:
+        """Return the path of a case's mask."""
+        return Path(self.filename(case["case"], scan=image_files(case)[0]))
+
+    def require(self, cases: Sequence[dict]) -> None:
+        """Raise UserError unless the masks of these cases can be written so here."""
+        if self.output_file and len(cases) > 1:
+            raise UserError(
+                f"output_file {self.output_file} is the mask of one scan, and there are {len(cases)}: give --output_dir"
+                " for theirs, or one scan as --dataset_dir."
+            )
+        for case in cases:
+            kind = _kind(self.mask(case))
+            if self.output_format not in (None, kind):
+                raise UserError(
+                    f"output_file {self.output_file} ends as {kind} does, output_format is {self.output_format}; give"
+                    " one of the two."
+                )
+            require_format(image_files(case)[0], kind)
 
 
 class LabelWriter(NibabelWriter):
@@ -138,9 +159,18 @@ def write_mask(path: Path, mask: np.ndarray, scan: Scan) -> None:
     Raises:
         UserError: the scan has no such form.
     """
-    kind = next(kind for kind, ending in MASK_ENDINGS.items() if str(path).endswith(ending))
+    kind = _kind(path)
     require_format(scan.path, kind)
     write_whole(path, lambda partial: WRITERS[kind](partial, mask, scan))
+
+
+def _kind(path: str | Path) -> str:
+    """Name the format, of `MASK_ENDINGS`, that the ending of a mask says."""
+    endings = {ending.removeprefix(".seg"): kind for kind, ending in MASK_ENDINGS.items()}
+    for ending, kind in endings.items():
+        if str(path).lower().endswith(ending):
+            return kind
+    raise UserError(f"{path} does not end as a mask does; expected {', '.join(endings)}: give it one of these endings.")
 
 
 def require_format(scan: str | None, kind: str) -> None:
@@ -240,4 +270,4 @@ WRITERS: dict[str, Callable[[Path, np.ndarray, Scan], None]] = {  # by MASK_ENDI
 
 def read_mask(path: str | Path, scan: str) -> StoredImage:
     """Read a mask that `write_mask` wrote of a scan."""
-    return dicom_seg.read(path, scan) if str(path).endswith(MASK_ENDINGS["dicom_seg"]) else read_image(path)
+    return dicom_seg.read(path, scan) if _kind(path) == "dicom_seg" else read_image(path)

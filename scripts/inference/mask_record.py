@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -18,12 +17,12 @@ from monai.transforms import SaveImage, SaveImaged
 
 from ..data.checks import check_same_grid
 from ..data.images import MASK_ENDINGS, read_header
-from ..data.scans import MASK, case_of, image_files, mask_file, mask_format
+from ..data.scans import MASK, case_of, image_files
 from ..preprocessing.cache_key import description, digest, file_digest, image_digest
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
 from ..weights.model_settings import ModelSettings
-from .export import read_mask, require_format
+from .export import MaskLayout, read_mask
 
 PARTS = {"made_by": dict, "masks": dict, "files": list}  # of the file, and of what kind their entries are
 NOT_OF_VOXELS = ("eval_classes", "fold", "patch_size", "mirror_axes")  # of the model; the last two as they are used
@@ -37,25 +36,22 @@ class MaskRecord:
     """Knows what made the masks of a folder; attached to an evaluator, it notes those that are made.
 
     Args:
-        output_dir: folder of the masks.
+        layout: of the masks.
         weights: files of all networks.
         model: the settings beside the weights.
         settings: those of the run that decide voxels, by names for messages, as JSON has them.
         steps: the transforms and the inferer, whose definitions decide voxels as well.
-        output_format: of the masks; None for that of each scan.
     """
 
     def __init__(
         self,
-        output_dir: str,
+        layout: MaskLayout,
         weights: Sequence[str],
         model: ModelSettings,
         settings: Mapping[str, object],
         steps: Sequence[object],
-        output_format: str | None = None,
     ) -> None:
-        self.output_format = output_format
-        self.folder, self.file = Path(output_dir), Path(output_dir) / "masks.json"
+        self.layout, self.folder, self.file = layout, layout.output_dir, layout.output_dir / "masks.json"
         self.weights = weights
         of_model = {name: value for name, value in model.as_dict().items() if name not in NOT_OF_VOXELS}
         content = {**of_model, **settings, "steps": digest([*_described(steps)])[:SHORT]}
@@ -83,15 +79,13 @@ class MaskRecord:
             UserError: a mask cannot be written in its format here; with `skip_existing`, masks in the folder that other
                 weights or settings made.
         """
-        for case in cases:
-            scan = image_files(case)[0]
-            require_format(scan, self.output_format or mask_format(scan))
+        self.layout.require(cases)
         self._read()
         left = list(cases)
         if skip_existing:
             self._require_same()
             left = [case for case in cases if not self._is_done(case)]
-            again = sum(self._mask(case).exists() for case in left)
+            again = sum(self.layout.mask(case).exists() for case in left)
             said = f"; {again} masks are damaged, of another scan or not on record, and made again" if again else ""
             done = len(cases) - len(left)
             logger.info("%d of %d scans have masks in %s and are left out%s", done, len(cases), self.folder, said)
@@ -149,15 +143,13 @@ class MaskRecord:
                 " --output_dir, or the same weights and settings, or delete these masks."
             )
 
-    def _mask(self, case: dict) -> Path:
-        return self.folder / mask_file(case["case"], image_files(case)[0], self.output_format)
-
     def _is_done(self, case: dict) -> bool:
         """Say whether a case has a whole mask on the grid of its scan, and the scan it was made from."""
-        entry, mask = self.masks.get(case["case"], {}), self._mask(case)
+        entry, mask = self.masks.get(case["case"], {}), self.layout.mask(case)
         files = image_files(case)
         try:
-            if entry.get("scans") != [image_digest(file, self.files) for file in files]:
+            scans = [image_digest(file, self.files) for file in files]
+            if (entry.get("made_by"), entry.get("scans")) != (self.maker[0], scans):
                 return False
             check_same_grid(str(mask), read_mask(mask, files[0]).geometry, files[0], read_header(files[0]).geometry)
         except (UserError, OSError):

@@ -281,6 +281,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     "window_scheme": Kind("nnunet or monai", _one_of("nnunet", "monai")),
     "cpu_precision": Kind("float32, bfloat16 or auto", _one_of("float32", "bfloat16", "auto")),
     "output_format": _optional(Kind(_listed(FORMATS), _one_of(*FORMATS))),
+    "output_file": _optional(path),
     "series": _optional(Kind("the UID of a DICOM series", _uid)),
     "device": Kind("", _device),  # which there are is said when it is asked for
     "fine_tuning#skip_heads": switch,

@@ -217,6 +217,19 @@ def test_a_mask_can_have_another_format(kind, masks, scans, weights, tmp_path):
         np.testing.assert_allclose(getattr(found, get)(), getattr(truth, get)(), rtol=1e-5, atol=1e-5)
 
 
+def test_one_mask_has_the_name_that_it_is_given(masks, scans, weights, tmp_path):
+    name, options = tmp_path / "new/liver of A.nrrd", ("--output_file", tmp_path / "new/liver of A.nrrd")
+    infer(scans / "dicom/series", weights, tmp_path / "tables", *options)
+    found = SimpleITK.ReadImage(str(name))
+    truth = SimpleITK.ReadImage(str(masks / "files/of_mha_seg.mha"))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(found), SimpleITK.GetArrayFromImage(truth))
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"report.csv", "masks.json"}
+    done = infer(scans / "dicom/series", weights, tmp_path / "tables", *options, "--skip_existing", "True")
+    assert "1 of 1 scans have masks in" in done.stdout + done.stderr
+    done = infer(scans / "files", weights, tmp_path / "tables", *options, fails=True)
+    assert "liver of A.nrrd is the mask of one scan, and there are 6: give --output_dir" in done.stderr
+
+
 def test_one_file_of_a_series_and_its_uid_are_the_series(masks, scans, weights, tmp_path):
     below = scans / "dicom/series/below"
     file = next(below.iterdir())
@@ -339,6 +352,7 @@ def test_the_commands_of_the_pages_run(page, weights, phantom_dir, tmp_path):
             data_of_format(phantom_dir, tmp_path / "Dataset_nrrd", ".nrrd")
             python_m(what, *rest)
     made = {path.name for path in (tmp_path / "masks").iterdir()}
+    assert (tmp_path / "liver.nii.gz").exists() == (page == "formats")
     wanted = {
         "formats": {"a_seg.nii.gz", "scan_seg.nii.gz", "scan_seg.seg.nrrd"},
         "dicom": {"patient_seg.dcm", "one_seg.nii.gz", "two_seg.nii.gz"},
