@@ -39,7 +39,8 @@ def convert_layout(source: str, target: str) -> None:
     if Path(target).exists():
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
     data = Dataset(source)
-    test = find_scans(str(data.folder / "imagesTs"), len(data.channels)) if (data.folder / "imagesTs").is_dir() else []
+    tests = data.folder / "imagesTs"
+    test = find_scans(str(tests), len(data.channels), dim="2d") if tests.is_dir() else []  # of either dimension
     if data.labels.regions:
         raise UserError(
             f"{source} has overlapping regions, which a Decathlon dataset.json cannot say; keep its layout."

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..utils.errors import UserError
 from ..utils.packages import require_package
-from .dicom_series import Series, damaged, find, read_file, series_affine
+from .dicom_series import Series, damaged, dicom_files, find, read_file, series_affine
 from .geometry import Geometry, Header, StoredImage, from_lps, require_memory
 
 SCALE = {"RescaleSlope": 1, "RescaleIntercept": 0}  # and what they are where they are not said, or 0
@@ -52,8 +52,11 @@ def read_header(path: str | Path) -> Header:
 
 
 def parts(path: str | Path) -> list[str]:
-    """List the files of a series."""
-    return find(path).files
+    """List the files of a series, and of one that cannot be read all that may be of it."""
+    try:
+        return find(path).files
+    except UserError:
+        return dicom_files(path) if Path(path).is_dir() else [str(path)]
 
 
 def _header(series: Series) -> Header:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.errors import UserError
-from . import dicom_series
+from . import case_lists, dicom_series
 from .images import DICOM, ENDINGS, MASK_ENDINGS, PICTURE, format_of
 
 OTHER_ENDINGS = (".img", ".hdr", ".mgz", ".mgh", ".mnc")  # images, not read
@@ -69,7 +69,7 @@ def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, d
     has folders with some.
 
     Args:
-        dataset_dir: file or folder.
+        dataset_dir: file or folder, or a list of cases in CSV or JSON, see case_lists.py.
         channels: of the network.
         series: UID of the one DICOM series that is meant.
         dim: of the network; pictures are scans of one that is "2d".
@@ -81,6 +81,8 @@ def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, d
         UserError: nothing to segment is found.
     """
     path = Path(dataset_dir)
+    if path.suffix.lower() in case_lists.ENDINGS and path.is_file():
+        return _listed(path, channels)
     endings = (*ENDINGS, *PICTURE.endings) if dim == "2d" else ENDINGS
     if series:
         return [_of_series(path, series)]
@@ -101,6 +103,12 @@ def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, d
                 " not meant, or name them case_0000, case_0001 and so on."
             )
     return [{"case": name, "image": group[0] if len(group) == 1 else group} for name, group in sorted(groups.items())]
+
+
+def _listed(path: Path, channels: int) -> list[dict]:
+    found = [(name or case_id(Path(files[0]), channels), files) for name, files in case_lists.read_cases(path)]
+    case_lists.check_names([name for name, _ in found], path)
+    return [{"case": name, "image": files[0] if len(files) == 1 else files} for name, files in sorted(found)]
 
 
 def _files_of_one(path: Path, channels: int, endings: tuple[str, ...]) -> list[Path]:

@@ -275,7 +275,6 @@ def test_cases_of_the_dataset_key_lie_anywhere(tmp_path):
         {"images": []},
         {"images": ["x"]},
         {"images": ["x", 1], "label": "y"},
-        {"images": "x", "label": "y"},
     ):
         (tmp_path / "data/dataset.json").write_text(json.dumps(description | {"dataset": {"a": entry}}))
         with pytest.raises(UserError, match='as "dataset" case a; expected'):

@@ -271,6 +271,8 @@ def test_pictures_give_pictures_for_a_2d_network(weights, tmp_path):
     assert len(np.unique(truth)) > 1
     np.testing.assert_array_equal(one, truth)
     np.testing.assert_array_equal(other, truth)
+    predictor = Predictor.load(weights.parent / "2d/model.pt", "cpu")
+    np.testing.assert_array_equal(predictor(tmp_path / "scans/a.png")[:, :, 0].T, truth)
     done = infer(tmp_path / "scans", weights, tmp_path / "masks", fails=True)
     assert "pictures are for 2D networks" in done.stderr
 
@@ -340,6 +342,7 @@ def test_the_commands_of_the_pages_run(page, weights, phantom_dir, tmp_path):
     for name in ("scans/a.nii.gz", "scan.nii.gz"):
         save(tmp_path / name, stored, scan.affine)
     SimpleITK.WriteImage(SimpleITK.ReadImage(str(tmp_path / "scan.nii.gz")), str(tmp_path / "scan.nrrd"))
+    (tmp_path / "cases.csv").write_text("case,image\nlisted,scans/a.nii.gz\nas nrrd,scan.nrrd\n")
     for folder, uid in (("patient", "1.2.3.4"), ("patients/one", "1.2.3.5"), ("patients/two", "1.2.3.6")):
         save_slices(tmp_path / folder, slices(stored, scan.affine, uid))
     for command in commands(page):
@@ -354,7 +357,13 @@ def test_the_commands_of_the_pages_run(page, weights, phantom_dir, tmp_path):
     made = {path.name for path in (tmp_path / "masks").iterdir()}
     assert (tmp_path / "liver.nii.gz").exists() == (page == "formats")
     wanted = {
-        "formats": {"a_seg.nii.gz", "scan_seg.nii.gz", "scan_seg.seg.nrrd"},
+        "formats": {
+            "a_seg.nii.gz",
+            "scan_seg.nii.gz",
+            "scan_seg.seg.nrrd",
+            "listed_seg.nii.gz",
+            "as nrrd_seg.seg.nrrd",
+        },
         "dicom": {"patient_seg.dcm", "one_seg.nii.gz", "two_seg.nii.gz"},
     }
     assert made == {*wanted[page], "report.csv", "masks.json"}
