@@ -131,7 +131,7 @@ class Dataset:
 
     def _case(self, name: str | None, files: list[str]) -> dict:
         *images, label = files
-        name = name or case_id(Path(images[0]), len(self.channels))
+        name = case_id(Path(images[0]), len(self.channels)) if name is None else name
         return {"case": name, "image": images[0] if len(images) == 1 else images, "label": label}
 
     def _channel_files(self, files: list[str]) -> list[str]:
