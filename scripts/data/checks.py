@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..utils.errors import UserError
-from .images import Geometry, StoredImage
+from .geometry import Geometry, StoredImage
 
 AFFINE_TOLERANCE = 1e-3  # in rotation and spacing: what tools leave behind when they rewrite a header
 MICROSCOPY = 0.01  # mm; the tolerance shrinks with voxels smaller than that

@@ -17,8 +17,10 @@ import numpy as np
 from ..utils.errors import UserError
 from .checks import check_same_grid
 from .datasets import Dataset
-from .images import StoredImage, open_image, read_image
+from .geometry import StoredImage
+from .images import NIFTI, format_of, read_image
 from .labels import Labels
+from .nifti import new_image, open_image
 from .scans import find_scans, image_files
 
 COPIED = ("name", "description", "reference", "licence", "release")  # of dataset.json, whatever they say
@@ -37,7 +39,8 @@ def convert_layout(source: str, target: str) -> None:
     if Path(target).exists():
         raise UserError(f"{target} exists and is not overwritten; move it, or give another --target.")
     data = Dataset(source)
-    test = find_scans(str(data.folder / "imagesTs"), len(data.channels)) if (data.folder / "imagesTs").is_dir() else []
+    tests = data.folder / "imagesTs"
+    test = find_scans(str(tests), len(data.channels), dim="2d") if tests.is_dir() else []  # of either dimension
     if data.labels.regions:
         raise UserError(
             f"{source} has overlapping regions, which a Decathlon dataset.json cannot say; keep its layout."
@@ -102,8 +105,8 @@ def _values(labels: Labels) -> dict[str, int]:
 
 def _place(file: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not file.lower().endswith(".gz"):
-        nib.save(open_image(file), path)
+    if not file.lower().endswith(".nii.gz"):
+        _save(read_image(file), path)
         return
     try:
         os.link(os.path.realpath(file), path)
@@ -136,7 +139,10 @@ def _stack(files: list[str], path: Path) -> None:
 def _save(image: StoredImage, path: Path) -> None:
     """Write stored voxels as they are, with the header of the file that they are from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = nib.Nifti1Image(image.voxels, image.geometry.affine, open_image(image.path).header)
+    if format_of(image.path) is NIFTI:
+        made = nib.Nifti1Image(image.voxels, image.geometry.affine, open_image(image.path).header)
+    else:
+        made = new_image(image.voxels, image.geometry.affine)
     made.header.set_data_dtype(image.voxels.dtype)
     made.header.set_slope_inter(image.slope, image.intercept)  # set, nibabel stores the voxels as they are
     nib.save(made, path)

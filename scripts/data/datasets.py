@@ -1,4 +1,4 @@
-"""Training folders, parsed once: Medical Segmentation Decathlon's and nnU-Net v2's layout.
+"""Training folders, parsed once: Medical Segmentation Decathlon's and nnU-Net's layouts.
 
 A case is a dictionary `{"case": id, "image": file or list of files (one a channel), "label": file}`.
 """
@@ -6,14 +6,14 @@ A case is a dictionary `{"case": id, "image": file or list of files (one a chann
 from __future__ import annotations
 
 import os
-from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
 from ..utils.errors import UserError
 from ..utils.files import read_json
+from .case_lists import case_files, check_names, read_cases
 from .folds import SPLITS, Fold, read_folds
-from .images import ENDINGS
+from .images import ENDINGS, PICTURE, parts
 from .labels import Labels
 from .scans import CHANNEL, case_id, image_files, list_scans, stem
 
@@ -40,8 +40,7 @@ class Dataset:
     def listed_cases(self) -> list[dict]:
         """Cases that the folder should have, sorted by id; their files may be missing."""
         found = self._nnunet_cases() if self.is_nnunet else self._decathlon_cases()
-        if twice := [name for name, n in Counter(case["case"] for case in found).items() if n > 1]:
-            raise UserError(f"{self.file} lists {twice[0]} more than once; give each case its own name.")
+        check_names([case["case"] for case in found], self.file)
         return sorted(found, key=lambda case: case["case"])
 
     @cached_property
@@ -113,42 +112,63 @@ class Dataset:
 
     def _decathlon_cases(self) -> list[dict]:
         listed = self.description.get("training")
+        if isinstance(listed, str):
+            found = read_cases(self.folder / listed, label=True)
+            return [self._case(name, files) for name, files in found]
         if not isinstance(listed, list):
             raise UserError(f'{self.file} has no "training" list; expected Decathlon or nnU-Net v2 layout.')
         return [self._decathlon_case(number, entry) for number, entry in enumerate(listed)]
 
     def _decathlon_case(self, number: int, entry: object) -> dict:
         """Read an entry of the list; several images are the channels of one case, known by the first of them."""
-        found = entry if isinstance(entry, dict) else {}
-        images = found.get("image")
-        images = [images] if isinstance(images, str) else images
-        paths = [*images, found.get("label")] if isinstance(images, list) else []
-        if len(paths) < 2 or not all(isinstance(path, str) and path.strip() for path in paths):
+        if not (paths := case_files(entry)):
             raise UserError(
                 f'{self.file} has {repr(entry)[:80]} as "training" case {number}; expected {{"image": FILE or a list of'
                 ' them, one a channel, "label": FILE}: correct it.'
             )
         *files, label = (str(self.folder / path) for path in paths)
-        return {
-            "case": case_id(Path(files[0]), len(self.channels)),
-            "image": files[0] if len(files) == 1 else files,
-            "label": label,
-        }
+        return self._case(None, [*self._channel_files(files), label])
+
+    def _case(self, name: str | None, files: list[str]) -> dict:
+        *images, label = files
+        name = case_id(Path(images[0]), len(self.channels)) if name is None else name
+        return {"case": name, "image": images[0] if len(images) == 1 else images, "label": label}
+
+    def _channel_files(self, files: list[str]) -> list[str]:
+        """List the files of the channels, case_0000 and so on, of a case that nnU-Net v1 lists as one file, case."""
+        listed, name = Path(files[0]), stem(Path(files[0]))
+        found = [f"{name}_{channel:04d}{listed.name[len(name) :]}" for channel in range(len(self.channels))]
+        is_v1 = len(files) == 1 and not listed.exists() and (listed.parent / found[0]).exists()
+        return [str(listed.parent / file) for file in found] if is_v1 else files
+
+    def _listed_nnunet_case(self, name: str, entry: object) -> dict:
+        """Read an entry of nnU-Net's "dataset", whose files may lie anywhere."""
+        if not (paths := case_files(entry, "images")):
+            raise UserError(
+                f'{self.file} has {repr(entry)[:80]} as "dataset" case {name}; expected {{"images": [FILE, ..], one a'
+                ' channel, "label": FILE}: correct it.'
+            )
+        return self._case(name, [str(self.folder / path) for path in paths])
 
     def _nnunet_cases(self) -> list[dict]:
-        ending = self.description.get("file_ending", ".nii.gz")
-        if ending not in ENDINGS:
-            raise UserError(f'{self.file} gives "file_ending" {ending!r}; expected .nii.gz or .nii: convert the files.')
+        if isinstance(listed := self.description.get("dataset"), dict):
+            return [self._listed_nnunet_case(name, entry) for name, entry in listed.items()]
+        ending, known = self.description.get("file_ending", ".nii.gz"), (*ENDINGS, *PICTURE.endings)
+        if ending not in known:
+            raise UserError(
+                f'{self.file} gives "file_ending" {ending!r}; expected one of {", ".join(known)}: convert the files.'
+            )
+        endings = ENDINGS if ending in ENDINGS else (ending,)
         images, labels = self.folder / "imagesTr", self.folder / "labelsTr"
         for folder in (images, labels):
             if not folder.is_dir():
                 raise UserError(f"{folder} not found; expected the nnU-Net v2 layout (imagesTr, labelsTr).")
-        names = {CHANNEL.sub("", stem(path)) for path in list_scans(images)} | {stem(p) for p in list_scans(labels)}
+        names = {CHANNEL.sub("", stem(p)) for p in list_scans(images, endings)}
+        names |= {stem(path) for path in list_scans(labels, endings)}
         found = []
         for name in names:
             files = [str(images / f"{name}_{channel:04d}{ending}") for channel in range(len(self.channels))]
-            label = str(labels / f"{name}{ending}")
-            found.append({"case": name, "image": files[0] if len(files) == 1 else files, "label": label})
+            found.append(self._case(name, [*files, str(labels / f"{name}{ending}")]))
         return found
 
 
@@ -188,4 +208,7 @@ def _channels(description: dict, file: Path) -> list[str]:
 
 def missing_files(case: dict) -> list[str]:
     """List those of a case's files that are not there."""
-    return [path for path in (*image_files(case), case["label"]) if not os.path.isfile(path)]  # of any text
+    files = [path for path in (*image_files(case), case["label"]) if not os.path.isdir(path)]  # of any text
+    return [
+        part for path in files for part in (parts(path) if os.path.isfile(path) else [path]) if not os.path.isfile(part)
+    ]

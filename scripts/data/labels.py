@@ -109,6 +109,13 @@ class Labels:
         return {name: [value] for name, value in zip(self.names[1:], self.values[1:], strict=True)}
 
     @property
+    def value_names(self) -> dict[int, str]:
+        """What each foreground value of a mask means: a label, or the region that is written as it."""
+        if self.regions_class_order is not None:
+            return dict(zip(self.regions_class_order, self.names, strict=True))
+        return dict(zip(self.values[1:], self.index_names[1:], strict=True))
+
+    @property
     def activation(self) -> str:
         """What makes probabilities of logits: "softmax", or "sigmoid" where regions overlap."""
         return "sigmoid" if self.regions_class_order else "softmax"

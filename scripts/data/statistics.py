@@ -19,7 +19,7 @@ def scan_measures(
         spacing: mm, of the RAS axes.
         shape: voxels, of the RAS axes.
         contrasts: see `contrast`, of each channel.
-        tilt: degrees, see `data.images.tilt`.
+        tilt: degrees, see `data.geometry.tilt`.
     """
     found = {f"spacing {axis} (mm)": value for axis, value in zip("xyz", spacing, strict=True)}
     found |= {f"extent {axis} (mm)": n * s for axis, n, s in zip("xyz", shape, spacing, strict=True)}

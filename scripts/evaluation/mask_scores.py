@@ -11,13 +11,18 @@ import torch
 from tqdm import tqdm
 
 from ..data.checks import check_same_grid, label_indices
-from ..data.images import ENDINGS, StoredImage, read_image
+from ..data.geometry import StoredImage, on_one_grid
+from ..data.images import ENDINGS, MASK_ENDINGS, PICTURE, read_image
 from ..data.labels import Labels
-from ..data.scans import MASK, is_nifti, stem
+from ..data.scans import MASK, is_file_of, stem
+from ..inference import dicom_seg
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from .metrics import score_case
 from .tables import write_tables
+
+SEG = MASK_ENDINGS["dicom_seg"]
+KINDS = ((*ENDINGS, SEG), PICTURE.endings)  # beside volumes, pictures are only pictures
 
 logger = logging.getLogger("mednext")
 
@@ -28,8 +33,9 @@ def score_masks(
     """Score each reference's mask, and write the tables of an evaluation: `cases.csv`, `summary.csv`, `summary.json`.
 
     Args:
-        masks: folder of masks, `CASE.nii.gz` or `CASE_seg.nii.gz`, on the grids of their references.
-        references: folder of labels, such as `labelsTs` of an nnU-Net folder.
+        masks: folder of masks, `CASE.nii.gz` or `CASE_seg.nii.gz` (or NRRD, MetaImage, DICOM SEG, pictures), on the
+            grids of their references.
+        references: folder of labels in any of these formats, such as `labelsTs` of an nnU-Net folder.
         output_dir: folder for the tables.
         dataset: dataset.json with the names of labels or regions; by default that beside the references or above
             them. Without one, every value above 0 that occurs is a class.
@@ -43,8 +49,8 @@ def score_masks(
     if missing := sorted(set(wanted) - set(found)):
         raise UserError(
             f"{masks} has no mask of {', '.join(missing[:5])} ({len(missing)} of the {len(wanted)} references in"
-            f" {references}); expected {missing[0]}.nii.gz or {missing[0]}{MASK}.nii.gz: add them, or move their"
-            " references away."
+            f" {references}); expected {missing[0]}.nii.gz or {missing[0]}{MASK}.nii.gz, for example: add them, or move"
+            " their references away."
         )
     if left_out := sorted(set(found) - set(wanted)):
         logger.warning("left out of %s, without a reference: %s", masks, ", ".join(left_out))
@@ -53,6 +59,8 @@ def score_masks(
     rows = []
     for case, reference_file in tqdm(sorted(wanted.items()), desc="scoring", unit="case", disable=None):
         reference, mask = _read(reference_file), _read(found[case])
+        if SEG in (reference_file.suffix.lower(), found[case].suffix.lower()):  # which has no slices without a label
+            reference, mask = on_one_grid(reference, mask)
         check_same_grid(mask.path, mask.geometry, reference.path, reference.geometry)
         predicted, truth = (_indices(one, labels) for one in (mask, reference))
         scores = score_case(
@@ -66,16 +74,16 @@ def _by_case(folder: str) -> dict[str, Path]:
     """List the files of a folder by the id of their case."""
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"{folder} does not exist or is no folder; give a folder of {' or '.join(ENDINGS)} files.")
+        raise UserError(f"{folder} does not exist or is no folder; give a folder of label files.")
     found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if is_nifti(file):
-            case = stem(file).removesuffix(MASK)
-            if case in found:
-                raise UserError(f"{found[case]} and {file} are both of case {case}; move one of them away.")
-            found[case] = file
+    files = next((files for kind in KINDS if (files := [f for f in path.iterdir() if is_file_of(f, kind)])), [])
+    for file in sorted(files):
+        case = stem(file).removesuffix(MASK)
+        if case in found:
+            raise UserError(f"{found[case]} and {file} are both of case {case}; move one of them away.")
+        found[case] = file
     if not found:
-        raise UserError(f"{folder} holds no {' or '.join(ENDINGS)} file; give a folder of them.")
+        raise UserError(f"{folder} holds no {', '.join(sum(KINDS, ()))} file; give a folder of them.")
     return found
 
 
@@ -112,7 +120,7 @@ def _indices(image: StoredImage, labels: Labels) -> torch.Tensor:
 
 
 def _read(file: Path) -> StoredImage:
-    image = read_image(file)
+    image = dicom_seg.read_alone(file) if file.suffix.lower() == SEG else read_image(file)
     if image.voxels.ndim != 3:
         raise UserError(f"{file} has the shape {image.voxels.shape}; expected one label a voxel, (X, Y, Z).")
     return image

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from ..data.images import first_channel, open_image
+from ..data.images import first_channel
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, sha256, write_whole
@@ -267,7 +267,7 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
     """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
-    image = open_image(path)
-    voxels = first_channel(image)
-    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(VIEW))
-    return apply_orientation(voxels, turn), [image.header.get_zooms()[axis] for axis in np.argsort(turn[:, 0])]
+    image = first_channel(path)
+    turn = ornt_transform(io_orientation(image.geometry.affine), axcodes2ornt(VIEW))
+    edges = [image.geometry.spacing[axis] for axis in np.argsort(turn[:, 0])]
+    return apply_orientation(image.values.astype(np.float32), turn), edges

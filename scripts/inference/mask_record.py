@@ -10,19 +10,19 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
 from monai.transforms import SaveImage, SaveImaged
 
 from ..data.checks import check_same_grid
-from ..data.images import Geometry, open_image, read_image
-from ..data.scans import case_of, image_files, mask_file
-from ..preprocessing.cache_key import description, digest, file_digest
+from ..data.images import MASK_ENDINGS, read_header
+from ..data.scans import MASK, case_of, image_files
+from ..preprocessing.cache_key import description, digest, file_digest, image_digest
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
 from ..weights.model_settings import ModelSettings
+from .export import MaskLayout, read_mask
 
 PARTS = {"made_by": dict, "masks": dict, "files": list}  # of the file, and of what kind their entries are
 NOT_OF_VOXELS = ("eval_classes", "fold", "patch_size", "mirror_axes")  # of the model; the last two as they are used
@@ -36,7 +36,7 @@ class MaskRecord:
     """Knows what made the masks of a folder; attached to an evaluator, it notes those that are made.
 
     Args:
-        output_dir: folder of the masks.
+        layout: of the masks.
         weights: files of all networks.
         model: the settings beside the weights.
         settings: those of the run that decide voxels, by names for messages, as JSON has them.
@@ -45,13 +45,13 @@ class MaskRecord:
 
     def __init__(
         self,
-        output_dir: str,
+        layout: MaskLayout,
         weights: Sequence[str],
         model: ModelSettings,
         settings: Mapping[str, object],
         steps: Sequence[object],
     ) -> None:
-        self.folder, self.file = Path(output_dir), Path(output_dir) / "masks.json"
+        self.layout, self.folder, self.file = layout, layout.output_dir, layout.output_dir / "masks.json"
         self.weights = weights
         of_model = {name: value for name, value in model.as_dict().items() if name not in NOT_OF_VOXELS}
         content = {**of_model, **settings, "steps": digest([*_described(steps)])[:SHORT]}
@@ -76,14 +76,16 @@ class MaskRecord:
             skip_existing: leave out what is done, and say how much that is.
 
         Raises:
-            UserError: with `skip_existing`, masks in the folder that other weights or settings made.
+            UserError: a mask cannot be written in its format here; with `skip_existing`, masks in the folder that other
+                weights or settings made.
         """
+        self.layout.require(cases)
         self._read()
         left = list(cases)
         if skip_existing:
             self._require_same()
             left = [case for case in cases if not self._is_done(case)]
-            again = sum((self.folder / mask_file(case["case"])).exists() for case in left)
+            again = sum(self.layout.mask(case).exists() for case in left)
             said = f"; {again} masks are damaged, of another scan or not on record, and made again" if again else ""
             done = len(cases) - len(left)
             logger.info("%d of %d scans have masks in %s and are left out%s", done, len(cases), self.folder, said)
@@ -107,7 +109,7 @@ class MaskRecord:
             meta = engine.state.output[0]["pred"].meta
             case = case_of(meta)
             scans = self.pending.get(case, [str(meta["filename_or_obj"])])
-            self.masks[case] = {"made_by": self.maker[0], "scans": [file_digest(file, self.files) for file in scans]}
+            self.masks[case] = {"made_by": self.maker[0], "scans": [image_digest(file, self.files) for file in scans]}
             self._write()
 
     def _read(self) -> None:
@@ -127,27 +129,29 @@ class MaskRecord:
     def _require_same(self) -> None:
         """Raise UserError where the folder has masks of another maker."""
         others = {
-            case: str(entry.get("made_by"))
+            found: str(entry.get("made_by"))
             for case, entry in sorted(self.masks.items())
-            if entry.get("made_by") != self.maker[0] and (self.folder / mask_file(case)).exists()
+            for ending in MASK_ENDINGS.values()
+            if entry.get("made_by") != self.maker[0] and (found := self.folder / f"{case}{MASK}{ending}").exists()
         }
         if others:
-            case, made_by = next(iter(others.items()))
+            mask, made_by = next(iter(others.items()))
             theirs, ours = _told(self.made_by.get(made_by, {}), self.maker[1])
             more = f" and {len(others) - 1} more there" if len(others) > 1 else ""
             raise UserError(
-                f"{self.folder / mask_file(case)}{more}: made by {theirs}; this run has {ours}. Give another"
+                f"{mask}{more}: made by {theirs}; this run has {ours}. Give another"
                 " --output_dir, or the same weights and settings, or delete these masks."
             )
 
     def _is_done(self, case: dict) -> bool:
         """Say whether a case has a whole mask on the grid of its scan, and the scan it was made from."""
-        entry, mask = self.masks.get(case["case"], {}), self.folder / mask_file(case["case"])
+        entry, mask = self.masks.get(case["case"], {}), self.layout.mask(case)
         files = image_files(case)
         try:
-            if entry.get("scans") != [file_digest(file, self.files) for file in files]:
+            scans = [image_digest(file, self.files) for file in files]
+            if (entry.get("made_by"), entry.get("scans")) != (self.maker[0], scans):
                 return False
-            check_same_grid(str(mask), read_image(mask).geometry, files[0], Geometry.from_image(open_image(files[0])))
+            check_same_grid(str(mask), read_mask(mask, files[0]).geometry, files[0], read_header(files[0]).geometry)
         except (UserError, OSError):
             return False
         return True

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from ..data.images import tilt
+from ..data.geometry import tilt
 from ..data.scans import case_id, case_of
 from ..data.statistics import LARGEST_TILT, TILT, contrast, label_volumes, present_ranges, rounded, scan_measures
 from ..utils.errors import UserError

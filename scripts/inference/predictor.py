@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, SaveImaged
 
-from ..data.images import Geometry, three_axes
+from ..data.geometry import Geometry, three_axes
 from ..data.scans import find_scans
 from ..preprocessing.loading import as_scan
 from ..utils.device import amp_kwargs
@@ -46,7 +46,7 @@ class Predictor:
             self.inferer = config.get_parsed_content("evaluator#inferer")
             self.device = torch.device(config.get_parsed_content("device"))
             self.amp = config.get_parsed_content("amp")
-            self.channels = config.get_parsed_content("model").in_channels
+            self.model = config.get_parsed_content("model")
             self.from_file = config.get_parsed_content("preprocessing")
             to_file = config.get_parsed_content("postprocessing")
         self.from_memory = Compose([t for t in self.from_file.transforms if not isinstance(t, LoadImaged)])
@@ -81,8 +81,8 @@ class Predictor:
         What about the scan is unlike the training cases is a warning of the logger "mednext".
 
         Args:
-            image: a NIfTI file (of a case with a file a channel, any of them), a nibabel image, or an array (X, Y, Z)
-                or (channels, X, Y, Z).
+            image: a file in any format (of a case with a file a channel, any of them), a DICOM folder, a nibabel image,
+                or an array (X, Y, Z) or (channels, X, Y, Z).
             affine: affine of an array, 4 x 4, voxel -> world (mm, x to the right, y to the front, z up).
 
         Raises:
@@ -99,7 +99,7 @@ class Predictor:
     def _preprocessed(self, image: str | Path | Image, affine: np.ndarray | None) -> dict:
         if not isinstance(image, str | Path):
             return self.from_memory({"image": in_memory(image, affine)})
-        cases = find_scans(str(image), self.channels)
+        cases = find_scans(str(image), self.model.in_channels, dim=self.model.dim)
         if len(cases) > 1:
             raise UserError(f"{image} holds {len(cases)} scans; give one of its files.")
         case = ScanDataset(cases, self.from_file)[0]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.checks import check_image, check_same_grid, label_indices
-from ..data.images import Geometry, StoredImage, read_image
+from ..data.geometry import Geometry, StoredImage
+from ..data.images import read_image
 from ..data.labels import Labels
 from ..data.scans import image_files
 from ..utils.errors import UserError

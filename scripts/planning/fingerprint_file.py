@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ..data.images import parts
 from ..data.labels import Labels
 from ..data.scans import case_id, image_files
 from ..utils.device import loader_workers
@@ -83,5 +84,6 @@ def _remember(known: dict, path: Path) -> None:
 
 
 def _signature(case: dict, channels: int, labels: Labels) -> list:
-    states = [(p, Path(p).stat()) for p in (*image_files(case), case["label"]) if Path(p).exists()]
+    files = [part for file in (*image_files(case), case["label"]) if Path(file).exists() for part in parts(file)]
+    states = [(p, Path(p).stat()) for p in files if Path(p).exists()]
     return [VERSION, channels, labels.values, labels.ignore_value, *([p, s.st_size, s.st_mtime_ns] for p, s in states)]

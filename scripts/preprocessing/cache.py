@@ -35,12 +35,12 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..data.grid import CHANNEL_BYTES, PEAK_BYTES
-from ..data.images import Geometry, open_image
+from ..data.images import is_image, read_header
 from ..data.scans import case_id, image_files
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
 from ..utils.files import is_intact, remembered, write_whole
-from .cache_key import description, digest, file_digest, versions
+from .cache_key import description, digest, image_digest, versions
 from .loading import CASE
 
 logger = logging.getLogger("mednext")
@@ -197,7 +197,7 @@ def _paths(value: object) -> list[str]:
     """List the files that an entry of a case names, as MONAI's readers spell them; none unless all of it are files."""
     parts = list(value) if isinstance(value, list | tuple) else [value]
     paths = [Path(part) for part in parts if isinstance(part, str | Path)]
-    return [str(path) for path in paths] if len(paths) == len(parts) and all(p.is_file() for p in paths) else []
+    return [str(path) for path in paths] if len(paths) == len(parts) and all(map(is_image, paths)) else []
 
 
 def _files(inputs: dict) -> list[str]:
@@ -206,7 +206,7 @@ def _files(inputs: dict) -> list[str]:
 
 def _content(inputs: dict, known: dict) -> dict:
     """Describe what a case holds: files by their content, everything else by value."""
-    return {key: [file_digest(p, known) for p in _paths(v)] or description(v) for key, v in inputs.items()}
+    return {key: [image_digest(p, known) for p in _paths(v)] or description(v) for key, v in inputs.items()}
 
 
 @dataclass
@@ -301,10 +301,9 @@ def _peak_bytes(case: dict, spacing: Sequence[float]) -> float:
     """Estimate the RAM that resampling a case takes, by its header."""
     files = image_files(case)
     try:
-        image = open_image(files[0])
+        geometry, found = read_header(files[0])
     except UserError:  # preparing it will say what is wrong
         return 1.0
-    geometry = Geometry.from_image(image)
-    channels = len(files) if len(image.shape) < 4 else image.shape[3]
+    channels = max(len(files), found)
     voxels = max(np.prod(geometry.shape), np.prod(np.multiply(geometry.shape, geometry.spacing) / spacing))
     return float(voxels) * (PEAK_BYTES + CHANNEL_BYTES * channels)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from monai.data import ImageReader
 
+from ..data.images import parts
 from ..utils.files import sha256
 from .definition import LIBRARIES, definitions, is_library
 
@@ -97,6 +98,12 @@ def file_digest(path: str, known: dict) -> str:
     if known.get(name, [])[:2] != signature:
         known[name] = [*signature, sha256(path)]
     return known[name][2]
+
+
+def image_digest(path: str, known: dict) -> str:
+    """Compute the sha256 of an image: of its file, or of those of all its parts."""
+    found = [file_digest(part, known) for part in parts(path)]
+    return found[0] if len(found) == 1 else digest(found)
 
 
 def _sha256(content: bytes) -> str:

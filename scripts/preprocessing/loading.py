@@ -13,7 +13,8 @@ from monai.transforms import LoadImaged, MapTransform
 from monai.utils import ensure_tuple
 
 from ..data.checks import check_image, check_same_grid
-from ..data.images import Geometry, read_image
+from ..data.geometry import Geometry
+from ..data.images import read_image
 from ..data.scans import case_id
 
 CASE = "case"  # of a case and of a tensor's metadata: its id, which names masks and rows of tables

@@ -15,7 +15,7 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.images import first_channel, open_image
+from ..data.images import first_channel
 from ..data.visualization import draw_overlay
 from ..utils.files import write_whole
 from .log_figure import draw_log
@@ -189,7 +189,5 @@ class ValidationReport:
 
     def _picture(self, file: str, label: np.ndarray, pred: np.ndarray) -> np.ndarray:
         """Draw label and prediction over the scan as it is stored, of several channels the first."""
-        scan = open_image(file)
-        return draw_overlay(
-            first_channel(scan), np.where(label == self.ignore, 0, label), pred, scan.header.get_zooms()
-        )
+        scan = first_channel(file)
+        return draw_overlay(scan.values, np.where(label == self.ignore, 0, label), pred, scan.geometry.spacing)

@@ -19,6 +19,7 @@ from .errors import UserError
 SIZES = ("S", "B", "M", "L", "v2-B", "v2-W", "monai-B", "monai-M", "monai-L")  # rows of mednext.SIZES
 KERNEL_SIZES = (3, 5, 7)
 SCHEMES = ("zscore", "zscore_nonzero", "rescale_to_0_1", "rgb_to_0_1", "none")  # of preprocessing/intensity.py
+FORMATS = ("nii.gz", "nrrd", "mha", "png", "dicom_seg")  # of masks, data/images.MASK_ENDINGS
 STYLES = ("expansion", "block", "outside_block")
 MANY = 2**15  # channels: as many values as labels have
 TURN = 6.2832  # radians
@@ -141,6 +142,11 @@ def _text(value: Any) -> str:
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
     _require(isinstance(found, str | int | float) and found != "")
     return str(found)
+
+
+def _uid(value: Any) -> str:
+    _require(isinstance(value, str) and set(value) <= set("0123456789.") and value != "")
+    return value
 
 
 def _name(value: Any) -> str:
@@ -274,6 +280,9 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     "checkpoint_selection": Kind("best or last", _one_of("best", "last")),
     "window_scheme": Kind("nnunet or monai", _one_of("nnunet", "monai")),
     "cpu_precision": Kind("float32, bfloat16 or auto", _one_of("float32", "bfloat16", "auto")),
+    "output_format": _optional(Kind(_listed(FORMATS), _one_of(*FORMATS))),
+    "output_file": _optional(path),
+    "series": _optional(Kind("the UID of a DICOM series", _uid)),
     "device": Kind("", _device),  # which there are is said when it is asked for
     "fine_tuning#skip_heads": switch,
     "fine_tuning#freeze": _optional(Kind("encoder", _one_of("encoder"))),

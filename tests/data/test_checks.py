@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts.data.checks import check_image, check_same_grid, label_indices
-from scripts.data.images import Geometry, StoredImage
+from scripts.data.geometry import Geometry, StoredImage
 from scripts.utils.errors import UserError
 
 GRID = Geometry((2, 2, 2), np.diag([1.0, 1.0, 2.0, 1.0]))

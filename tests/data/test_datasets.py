@@ -101,7 +101,7 @@ def test_a_fold_out_of_range_is_refused(fold, phantom_dir):
     ("changes", "message"),
     [
         ({"labels": None}, 'has no "labels" dictionary'),
-        ({"file_ending": ".png"}, "'.png'; expected .nii.gz"),
+        ({"file_ending": ".jpg"}, "'.jpg'; expected one of .nii.gz"),
     ],
     ids=["no labels", "file ending"],
 )
@@ -163,10 +163,10 @@ class TestScans:
     def test_endings_in_any_case_count_and_what_is_left_out_is_named(self, tmp_path, caplog, monkeypatch):
         monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
         folder = self.files(tmp_path, "D.NII.GZ", "_x.nii.gz", "c.Nii", ".h.nii.gz")
-        (folder / "b.nrrd").touch()
+        (folder / "b.mgz").touch()
         (folder / "gone.nii.gz").symlink_to(folder / "nowhere.nii.gz")
         assert [s["case"] for s in find_scans(str(folder))] == ["D", "_x", "c"]
-        assert all(name in caplog.text for name in ("b.nrrd", "gone.nii.gz", ".h.nii.gz"))
+        assert all(name in caplog.text for name in ("b.mgz", "gone.nii.gz", ".h.nii.gz"))
 
     def test_masks_of_an_earlier_run_are_no_scans(self, tmp_path):
         folder = self.files(tmp_path, "a.nii.gz", "a_seg.nii.gz", "b_seg.nii.gz", "p1.T1.nii.gz", "p1.T1_seg.nii.gz")
@@ -191,7 +191,8 @@ class TestScans:
             find_scans(str(self.files(tmp_path, *names)), channels)
 
     @pytest.mark.parametrize(
-        ("name", "message"), [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "not a")]
+        ("name", "message"),
+        [("", "holds no .nii.gz"), ("x", "does not exist"), ("t.txt", "t.txt is no scan by its name")],
     )
     def test_nothing_to_segment_is_said(self, name, message, tmp_path):
         if name.endswith("txt"):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import GRIDS, grid, save, save_without_spacing
 
-from scripts.data.images import Geometry, read_image, tilt
+from scripts.data.geometry import Geometry, tilt
+from scripts.data.images import read_image
 from scripts.utils.errors import UserError
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from conftest import save
+from dicom_maker import save_slices, slices
+from PIL import Image
 from scipy.spatial import KDTree
 
+from scripts.data.images import read_image
 from scripts.evaluation.mask_scores import score_masks
+from scripts.inference.export import Scan, write_mask
 from scripts.utils.errors import UserError
 from scripts.utils.files import read_table
 
@@ -115,3 +122,76 @@ def test_masks_without_a_reference_are_left_out_and_said(folders, caplog, monkey
     (folders / "labelsTs/a.b.nii.gz").unlink()
     assert {case for case, _ in score(folders)} == {"c 1"}
     assert "without a reference: a.b" in caplog.text
+
+
+def as_format(file: Path, ending: str) -> None:
+    """Write a label file in another format, by another program's writer where there is one, and delete it."""
+    name = file.name.removesuffix(".nii.gz")
+    if ending == ".dcm":
+        image = nib.load(file)
+        voxels = np.asanyarray(image.dataobj)
+        series = save_slices(file.parent.parent / f"dicom/{name}", slices(voxels, image.affine, f"1.2.{len(name)}"))
+        mask = nib.as_closest_canonical(image, enforce_diag=False)
+        grid = read_image(series).geometry.affine
+        turn = nib.orientations.ornt_transform(nib.io_orientation(mask.affine), nib.io_orientation(grid))
+        mask = mask.as_reoriented(turn)
+        write_mask(
+            file.with_name(f"{name}.dcm"),
+            np.asanyarray(mask.dataobj),
+            Scan(str(series), labels={1: "liver", 3: "spleen"}),
+        )
+    elif ending == ".png":
+        Image.fromarray(np.asanyarray(nib.load(file).dataobj)[:, :, 0].T.copy()).save(file.with_name(f"{name}.png"))
+    else:
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(file)), str(file.with_name(f"{name}{ending}")))
+    file.unlink()
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".seg.nrrd", ".nhdr", ".mha", ".mhd", ".nii", ".dcm"])
+@pytest.mark.parametrize("which", ["masks", "labelsTs", "*"])
+def test_scores_are_the_same_in_every_format(folders, which, ending):
+    wanted = score(folders)
+    for file in folders.glob(f"{which}/*.nii.gz"):
+        as_format(file, ending)
+    found = score(folders)
+    assert list(found) == list(wanted)
+    for one, other in zip(wanted.values(), found.values(), strict=True):
+        for metric in ("dice", "nsd", "hd95_mm"):
+            assert float(one[metric]) == pytest.approx(float(other[metric]), rel=1e-6)
+
+
+def test_pictures_are_scored_where_there_are_no_volumes(folders):
+    for part in ("masks", "labelsTs"):
+        for file in (folders / part).iterdir():
+            save(file, np.asanyarray(nib.load(file).dataobj)[:, :, 6:7])
+    wanted = score(folders)
+    for file in [*folders.glob("masks/*"), *folders.glob("labelsTs/*")]:
+        as_format(file, ".png")
+    assert score(folders) == wanted
+    save(folders / "masks/a.b.nii.gz", np.zeros((12, 14, 1), np.uint8))  # beside it, pictures are only pictures
+    with pytest.raises(UserError, match="has no mask of c 1"):
+        score(folders)
+
+
+def test_a_segmentation_of_other_voxels_is_refused(folders):
+    for file in folders.glob("masks/c*"):
+        as_format(file, ".dcm")
+    moved = AFFINE.copy()
+    moved[2, 3] += 0.4
+    save(folders / "labelsTs/c 1.nii.gz", np.asanyarray(nib.load(folders / "labelsTs/c 1.nii.gz").dataobj), moved)
+    with pytest.raises(UserError, match=r"c 1_seg.dcm lies elsewhere than .*c 1.nii.gz"):
+        score(folders)
+
+
+def test_what_is_no_segmentation_is_named(folders):
+    (folders / "masks/c 1_seg.nii.gz").unlink()
+    (folders / "masks/c 1_seg.dcm").write_bytes(b"no mask")
+    with pytest.raises(UserError, match=r"c 1_seg.dcm is no segmentation on a stack of even slices"):
+        score(folders)
+
+
+def test_an_empty_segmentation_is_a_mask(folders):
+    save(folders / "masks/c 1_seg.nii.gz", np.zeros((12, 14, 16), np.uint8), AFFINE)
+    wanted = score(folders)
+    as_format(folders / "masks/c 1_seg.nii.gz", ".dcm")
+    assert score(folders) == wanted

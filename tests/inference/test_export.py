@@ -13,8 +13,9 @@ from monai.data import MetaTensor
 from monai.transforms import SaveImaged
 
 from scripts.data.scans import mask_name
-from scripts.inference.export import LabelValuesd, LabelWriter, MaskLayout
+from scripts.inference.export import LabelValuesd, LabelWriter, MaskLayout, Scan, write_mask
 from scripts.preprocessing.loading import load_scan
+from scripts.utils.errors import UserError
 
 
 def test_values_of_the_files_are_put_back():
@@ -108,3 +109,33 @@ def test_a_mask_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="masks"):
         writer.write(folder / "mask.nii.gz")
     assert folder.read_text().startswith("a file")
+
+
+def layout(folder, **options) -> MaskLayout:
+    return MaskLayout(str(folder), **options)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "b c.NRRD", "x.seg.nrrd", "m.mha", "p.png"])
+def test_one_mask_has_the_name_that_it_is_given(tmp_path, name):
+    found = layout(tmp_path / "tables", output_file=str(tmp_path / f"new/{name}"))
+    found.require([{"case": "case", "image": "scan.nii.gz"}])
+    assert found.mask({"case": "case", "image": "scan.nii.gz"}) == tmp_path / f"new/{name}"
+    write_mask(found.mask({"case": "case", "image": "scan.nii.gz"}), np.ones((4, 3, 1), np.uint8), Scan())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+    image = SimpleITK.ReadImage(str(tmp_path / f"new/{name}"))
+    assert SimpleITK.GetArrayFromImage(image).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "cases", "said"),
+    [
+        ({"output_file": "a.nii.gz"}, 2, "output_file a.nii.gz is the mask of one scan, and there are 2"),
+        ({"output_file": "a.vtk"}, 1, r"a.vtk does not end as a mask does; expected .nii.gz, .nrrd, .mha, .png, .dcm"),
+        ({"output_file": "a"}, 1, "a does not end as a mask does"),
+        ({"output_file": "a.nii.gz", "output_format": "mha"}, 1, "ends as nii.gz does, output_format is mha; give one"),
+        ({"output_file": "a.dcm"}, 1, "scan.nii.gz is no DICOM series"),
+    ],
+)
+def test_a_name_that_no_mask_can_have_is_refused(tmp_path, options, cases, said):
+    with pytest.raises(UserError, match=said):
+        layout(tmp_path, **options).require([{"case": "case", "image": "scan.nii.gz"}] * cases)

@@ -13,6 +13,7 @@ import torch
 from conftest import bundle, save
 from monai.transforms import Compose, Flip, SaveImage
 
+from scripts.inference.export import MaskLayout
 from scripts.inference.mask_record import MaskRecord
 from scripts.utils.errors import UserError
 from scripts.utils.files import read_table
@@ -32,7 +33,9 @@ def folder(tmp_path):
 
 def record(folder, weights=("model.pt",), model=None, steps=(), **settings) -> MaskRecord:
     files = [str(folder / name) for name in weights]
-    return MaskRecord(str(folder / "masks"), files, model or ModelSettings(), {"overlap": 0.5, **settings}, steps)
+    return MaskRecord(
+        MaskLayout(str(folder / "masks")), files, model or ModelSettings(), {"overlap": 0.5, **settings}, steps
+    )
 
 
 def cases(folder) -> list[dict]:

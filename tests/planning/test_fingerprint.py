@@ -9,7 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import save
+from conftest import grid, save
+from dicom_maker import save_slices, slices
 
 from scripts.data.datasets import Dataset
 from scripts.data.labels import Labels
@@ -154,3 +155,20 @@ def test_a_bad_case_is_recorded_and_the_others_are_read(phantom_dir, tmp_path):
     assert ["error" in record for record in records] == [False, True, False, False, False]
     shutil.copy(phantom_dir / "imagesTr/phantom_01.nii.gz", bad)
     assert not any("error" in record for record in read_all(folder, tmp_path / "memory.json"))
+
+
+def test_a_damaged_series_is_the_fault_of_its_case_alone(tmp_path):
+    shape, affine = grid("straight")
+    label = np.zeros(shape, np.uint8)
+    label[2:5, 2:5, 2:5] = 1
+    cases = []
+    for name in "ab":
+        voxels = np.random.default_rng(0).integers(0, 99, shape).astype(np.int16)
+        folder = save_slices(tmp_path / name, slices(voxels, affine))
+        save(tmp_path / f"{name}.nii.gz", label, affine)
+        cases.append({"case": name, "image": str(folder), "label": str(tmp_path / f"{name}.nii.gz")})
+    slice_ = tmp_path / "b/IM0003"
+    slice_.write_bytes(slice_.read_bytes()[:300])
+    one, other = fingerprint_cases(cases, 1, labels(0, 1), str(tmp_path / "fingerprint.json"))
+    assert "error" not in one
+    assert "IM0003 (300 bytes) is not a complete DICOM file" in other["error"]

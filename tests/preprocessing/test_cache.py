@@ -325,10 +325,11 @@ class TestSharing:
         entry.unlink()
         entry.write_bytes(flipped)
         assert torch.equal(dataset(scans, prepared)[0]["image"], expected)
-        assert caplog.messages == [f"{entry} is damaged and made again."]
+        said = [record.message for record in caplog.records if record.name == "mednext"]  # not MONAI's of its readers
+        assert said == [f"{entry} is damaged and made again."]
         assert entry.stat().st_size == len(whole)
         dataset(scans, prepared).prepare()
-        assert len(caplog.messages) == 1
+        assert sum(record.name == "mednext" for record in caplog.records) == 1
 
     def test_damaged_digests_are_made_again(self, scans, prepared):
         before, digests = made(prepared), (prepared / "digests.json").read_text()
