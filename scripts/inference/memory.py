@@ -14,12 +14,12 @@ from ..data.grid import resampling_bytes
 from ..utils.device import total_memory
 from ..utils.errors import UserError
 from .sliding_window import SlidingWindowInferer
+from .window_results import PLANES
 
 PROCESS = 1.0e9  # bytes of Python with its libraries and a network's weights
-FEATURES = (
-    9 * 32
-)  # numbers a voxel that a network holds at once
-SLAB = 0.3e9  # bytes while labels are decided on a part of the scan's grid
+FEATURES = 9 * 32  # numbers a voxel that a network holds at once
+SLAB = 0.3e9  # bytes while labels are decided on a part of the scan's grid, without the scores that they are made from:
+SLAB_PLANES, SLAB_BYTES = PLANES + 3, 8  # as many planes of the network's grid, twice in half precision, once in full
 WORTH_SAYING = 2e9  # bytes
 
 logger = logging.getLogger("mednext")
@@ -94,4 +94,5 @@ def window_bytes(inferer: SlidingWindowInferer, size: Sequence[int], channels: i
     rows = max(4 * roi[0] * roi[1] + row * (size[1] - roi[1]), row * size[1])
     scores = classes * (2 if inferer.mirrored else 1)
     window = math.prod(roi) * (FEATURES * getattr(torch, inferer.cpu_precision.name()).itemsize + 4 * scores)
-    return 4 * channels * math.prod(size) + classes * rows * math.prod(size[2:]) + window + SLAB
+    slab = SLAB + SLAB_PLANES * SLAB_BYTES * classes * math.prod(size[1:])
+    return 4 * channels * math.prod(size) + classes * rows * math.prod(size[2:]) + window + slab

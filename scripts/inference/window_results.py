@@ -14,7 +14,7 @@ from ..preprocessing.resampling import LabelsOnGrid, decide_labels, label_type, 
 from ..utils.device import passing_zeros
 from .window_sums import Block
 
-PLANES = 8  # that are handed on to be resampled at once
+PLANES = 2  # that are handed on to be resampled at once
 
 
 class Result(Protocol):

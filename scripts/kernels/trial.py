@@ -24,9 +24,7 @@ CLOSE = 2.0  # one of two is so many times as fast, at most; where it is more, t
 VOXELS = r"(\d{1,6})\^3 voxels"
 STEADY = 0.05  # spread of the pairs' ratios, as a share of their median, that ends the measurement
 SECONDS = 2.0  # that pairs take, at most, once there are enough
-UNLIKE = (
-    0.05  # of what stock operators make at the size in use; the root mean square of half precision is 0.01 at worst
-)
+UNLIKE = 0.05  # of what stock operators make at the size in use; half precision has a root mean square of 0.01 at worst
 CONDITIONED = (0, 1, 7)  # gradients of which that is true: of input, convolution and second weights; others cancel out
 
 

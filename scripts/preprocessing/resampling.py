@@ -114,7 +114,7 @@ def labels_on_grid(
         classes: number of labels where `scores` is a label map.
         region_order: label that each of overlapping regions is painted with where its probability is over one half,
             later ones over earlier ones; None where labels exclude each other.
-        slab_voxels: how many target voxels are computed at once.
+        slab_voxels: how many target voxels are computed at once, fewer of many classes.
 
     Returns:
         (*shape) on the CPU, uint8 (int16 over 256 classes).
@@ -154,7 +154,8 @@ class LabelsOnGrid:
         self.known: torch.Tensor | None = None  # planes that slabs to come may touch
         self.first = 0  # of them
         axis = int(self.to_scores[0, :3].abs().argmax())  # of the target, along which the scores' planes follow
-        rows = max(1, slab_voxels // (math.prod(shape) // shape[axis]))
+        voxels = min(slab_voxels, SCORES_AT_ONCE // (classes or size[0]))
+        rows = max(1, voxels // (math.prod(shape) // shape[axis]))
         slabs = [
             [range(a, min(a + rows, shape[axis])) if i == axis else range(n) for i, n in enumerate(shape)]
             for a in range(0, shape[axis], rows)
@@ -188,23 +189,20 @@ class LabelsOnGrid:
             part = F.one_hot(part[0].long(), self.classes).movedim(-1, 0)
         part = part[None].float()
         extent = (high - low).double()
-        step = max(1, SCORES_AT_ONCE // (part.shape[1] * len(slab[1]) * len(slab[2])))
-        for start in range(slab[0].start, slab[0].stop, step):
-            some = [range(start, min(start + step, slab[0].stop)), *slab[1:]]
-            at = _coordinates(self.to_scores, some)
-            grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
-            values = F.grid_sample(
-                part,
-                grid.flip(-1)[None].float().to(part.device),
-                mode="nearest" if self.voxels_meet else "bilinear",
-                padding_mode="border",
-                align_corners=False,
-            )[0]
-            # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
-            inside = ((at > -1.0) & (at < self.size)).all(dim=-1)
-            decided = values[0] if self.voxels_meet else decide_labels(values, self.region_order)
-            there = tuple(slice(r.start, r.stop) for r in some)
-            self.labels[there] = decided.to(self.labels.dtype).cpu() * inside
+        at = _coordinates(self.to_scores, slab)
+        grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
+        values = F.grid_sample(
+            part,
+            grid.flip(-1)[None].float().to(part.device),
+            mode="nearest" if self.voxels_meet else "bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )[0]
+        # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
+        inside = ((at > -1.0) & (at < self.size)).all(dim=-1)
+        decided = values[0] if self.voxels_meet else decide_labels(values, self.region_order)
+        there = tuple(slice(r.start, r.stop) for r in slab)
+        self.labels[there] = decided.to(self.labels.dtype).cpu() * inside
 
 
 def _coordinates(to_other: torch.Tensor, indices: Sequence[range]) -> torch.Tensor:
