@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from scripts import mednext
+from scripts.data.images import MASK_ENDINGS
 from scripts.inference import sliding_window
 from scripts.kernels.precision import CPU_PRECISIONS
 from scripts.preprocessing import intensity
@@ -31,6 +32,7 @@ def test_everything_beside_the_weights_has_a_kind():
 
 def test_names_are_those_of_the_rooms_above():
     assert (tuple(mednext.SIZES), mednext.KERNEL_SIZES) == (table.SIZES, table.KERNEL_SIZES)
+    assert tuple(MASK_ENDINGS) == table.FORMATS
     assert table.SCHEMES == intensity.SCHEMES
     for name in sliding_window.WINDOW_SCHEMES:
         assert table.kind_of("window_scheme").of(name, "window_scheme") == name
