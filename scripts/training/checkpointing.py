@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
@@ -17,19 +20,46 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..utils.errors import UserError
 from ..weights import model_settings
-from ..weights.checkpoints import check_fits, load_checkpoint, save_checkpoint
+from ..utils.files import write_whole
+from ..utils.signals import asked, finish, leave
+from ..weights.checkpoints import check_fits, not_finite, save_checkpoint
+from ..weights.resumable import NAMES, newest, set_aside
 from .optim import take_up
+from .resuming import Agreement, Rest, within_epoch
 
 logger = logging.getLogger("mednext")
+
+
+def resumes(folder: str | Path, resume: bool | str) -> bool:
+    """Say whether a training goes on from what lies in `folder`.
+
+    Args:
+        folder: its `ckpt_dir`. Where an earlier run was set aside and the one after it was ended before its first
+            checkpoint, the earlier one comes back.
+        resume: True, False, or "auto", which goes on where there is a checkpoint and starts where there is none.
+
+    Raises:
+        UserError: `resume` is True and there is no checkpoint.
+    """
+    training = Path(folder) / "training"
+    found = any((training / name).is_file() for name in NAMES)
+    if resume is not True or found:
+        return bool(resume) and found
+    if (kept := set_aside(Path(folder))) is None:
+        raise UserError(f"{training / NAMES[0]} not found; nothing to resume: start without --resume, or with auto.")
+    logger.warning("%s has no checkpoint: the run that was set aside in %s is taken back.", training, kept.parent)
+    shutil.copytree(kept, training, dirs_exist_ok=True)
+    return True
 
 
 class TrainingRun:
     """Keeps the best or the last weights of a training run, and all it takes to go on after an interruption.
 
     In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
-    `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run
-    first sets aside what an earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or
-    not at all.
+    `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch, before every
+    validation, and where SIGINT or SIGTERM ends the run after a step; `checkpoint_before.pt` is the one before it. What
+    is not finite is not saved. A new run first sets aside what an earlier one left there, into `previous/`; nothing is
+    overwritten. Files appear whole or not at all.
 
     Where no case is held out, or no held-out case can be scored, the last weights are kept, with a sentence.
 
@@ -42,10 +72,11 @@ class TrainingRun:
         settings: the values of the config that belong to the weights.
         checkpoint_selection: "best", or "last" as published, whose scores on the held-out cases are not those it was
             chosen by.
-        resume: go on from `training/checkpoint.pt`.
+        resume: go on from the newest good checkpoint, see `resumes`.
 
     Raises:
-        UserError: another `checkpoint_selection`; `resume` without a checkpoint, or with one of another network.
+        UserError: another `checkpoint_selection`; `resume` without a checkpoint, or with one of another network;
+            weights that are not finite.
     """
 
     def __init__(
@@ -65,31 +96,42 @@ class TrainingRun:
         self.network, self.optimizer, self.lr_scheduler, self.evaluator = network, optimizer, lr_scheduler, evaluator
         self.settings, self.resume = settings, resume
         self.weights = self.folder / "model.pt"
-        self.checkpoint = self.folder / "training" / "checkpoint.pt"
+        self.checkpoint, self.before = (self.folder / "training" / name for name in NAMES)
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.best_metric, self.best_epoch = float("-inf"), 0
         self.held_out = True  # whether there are cases to validate on
         self.state: dict[str, Any] | None = None
+        self.stopped = 0  # by this signal
+        self.agreed: Callable[[], int] = asked  # see Agreement
+        self.trainer: Engine | None = None
         if resume:
-            if not self.checkpoint.is_file():
+            found = newest(self.checkpoint.parent)
+            if found is None:
                 raise UserError(f"{self.checkpoint} not found; nothing to resume: start without --resume.")
-            self.state = load_checkpoint(self.checkpoint)
-            check_fits(self.state["model"], network, self.checkpoint)
+            self.state = found.state
+            check_fits(self.state["model"], network, found.path)
 
     def attach(self, engine: Engine) -> None:
+        self.trainer = engine
         engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.stop_if_asked)
         loader: Any = getattr(self.evaluator, "data_loader", None)  # whose part of the cases may be empty on a process
         cases = getattr(loader, "dataset", None)
         self.held_out = cases is None or len(cases) > 0
         if self.held_out:
+            self.evaluator.add_event_handler(Events.STARTED, lambda _: self._save(engine, within_epoch(engine)))
+            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._leave_validation)
             self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.save_validated)
         else:
             logger.warning("no case is held out: nothing is validated, and the last weights are kept.")
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_last)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
+        engine.add_event_handler(Events.COMPLETED, lambda _: finish(False))
 
     def start(self, engine: SupervisedTrainer) -> None:
         """Go on from the checkpoint, or set aside what an earlier run left."""
+        self.agreed = Agreement()
+        finish()
         state, self.state = self.state, None
         if state is not None:
             self._restore(engine, state)
@@ -114,7 +156,10 @@ class TrainingRun:
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        logger.info("resuming after epoch %d of %d", state["epoch"], engine.state.max_epochs)
+        within = f" and {state['step']} iterations" if state.get("step") else ""
+        logger.info("resuming after epoch %d%s of %d", state["epoch"], within, engine.state.max_epochs)
+        if within:
+            Rest(state).attach(engine)
 
     def _set_aside(self) -> None:
         stamp = next((time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.weights) if p.exists()), None)
@@ -128,31 +173,88 @@ class TrainingRun:
             decided.rename(kept / decided.name)
         for file in (self.weights, model_settings.settings_file(self.weights)):
             if file.exists():  # copied, since it stays in use until better weights replace it
-                shutil.copy2(file, kept / file.name)
+                write_whole(kept / file.name, functools.partial(shutil.copy2, file))
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
 
     def save_state(self, engine: SupervisedTrainer) -> None:
-        """Save all it takes to go on after this epoch."""
-        if not self.writes:
+        """Save all it takes to go on after this epoch; end where a signal came meanwhile."""
+        if self.stopped:
+            return
+        self._save(engine, {"epoch": engine.state.epoch})
+        self._stop(engine, self.agreed())
+
+    def stop_if_asked(self, engine: SupervisedTrainer) -> None:
+        """End the run after this step, with a checkpoint, where a signal came to any process."""
+        if number := self.agreed():
+            self._save(engine, within_epoch(engine))
+            self._stop(engine, number)
+
+    def _leave_validation(self, evaluator: Engine) -> None:
+        """End a validation that a signal came into: the checkpoint before it is there, and it is made again."""
+        if not dist.is_initialized() and (number := self.agreed()):
+            evaluator.terminate()
+            self._stop(self.trainer, number)
+
+    def _stop(self, engine: Engine | None, number: int) -> None:
+        if number and engine is not None:
+            self.stopped = number
+            engine.terminate()
+
+    def leave(self) -> None:
+        """End the process with the exit code of the signal that ended the run, if one did."""
+        if self.stopped and self.trainer is not None:
+            state = self.trainer.state
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            done = f"epoch {state.epoch}, iteration {state.iteration}; --resume auto goes on: ended"
+            leave(self.stopped, done if self.writes else "ended")
+
+    def _save(self, engine: SupervisedTrainer, reached: dict[str, Any]) -> None:
+        """Save a checkpoint, unless the last steps were not finite and more are to come.
+
+        Raises:
+            UserError: the weights are not finite; nothing is saved then.
+        """
+        if not self.writes or not self._good(engine):
             return
         state = {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": engine.scaler.state_dict() if engine.scaler is not None else {},
-            "epoch": engine.state.epoch,
             "best_metric": self.best_metric,
             "best_epoch": self.best_epoch,
+            **reached,
         }
-        save_checkpoint(state, self.checkpoint)
+
+        def write(partial: Path) -> None:
+            torch.save(state, partial)
+            if self.checkpoint.exists():
+                self.checkpoint.replace(self.before)
+
+        write_whole(self.checkpoint, write)
+
+    def _good(self, engine: Engine | None) -> bool:
+        """Say whether the network is worth keeping: not between steps that are not finite, unless it is the last."""
+        if name := not_finite(self.network.state_dict()):
+            raise UserError(
+                f"{name} of the network is not finite any more; the last checkpoint in {self.checkpoint.parent}"
+                " is as it was: go on with --resume auto and a smaller --learning_rate."
+            )
+        state: Any = engine.state if engine is not None else None
+        return not getattr(state, "not_finite", 0) or state.epoch == state.max_epochs
 
     def save_last(self, engine: Engine) -> None:
         """Save the weights of this epoch, which nothing has validated."""
+        if not self._good(engine):
+            return
         self.best_epoch = engine.state.epoch
         self._save_weights({"epoch": self.best_epoch})
 
     def save_validated(self, evaluator: Engine) -> None:
         """Save the weights that were validated, if they are those to keep."""
+        if not self._good(self.trainer):
+            return
         validated: Any = evaluator.state  # MONAI's, with more attributes than Ignite's
         name = validated.key_metric_name
         metric = float(validated.metrics[name])

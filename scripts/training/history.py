@@ -104,7 +104,8 @@ class EpochReport:
         self.log, self.optimizer, self.batch_size = log, optimizer, batch_size
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        for event in (Events.STARTED, Events.EPOCH_STARTED):
+            engine.add_event_handler(event, self._start)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
@@ -112,7 +113,8 @@ class EpochReport:
 
     def _start(self, engine: Engine) -> None:
         self.started, self.waited, self.iterations = time.perf_counter(), 0.0, 0
-        self.loss: torch.Tensor | float = 0.0
+        state: Any = engine.state
+        state.loss, state.losses = torch.zeros(()), torch.zeros(())  # sum and number, of those that are finite
 
     def _ask(self, engine: Engine) -> None:
         self.asked = time.perf_counter()
@@ -121,14 +123,18 @@ class EpochReport:
         self.waited += time.perf_counter() - self.asked
 
     def _add(self, engine: Engine) -> None:
-        self.loss = self.loss + cast(Mapping[str, torch.Tensor], engine.state.output)["loss"].detach()
+        state: Any = engine.state
+        loss = state.output["loss"].detach()
+        state.loss = state.loss.to(loss.device) + loss.nan_to_num(0.0, 0.0, 0.0)
+        state.losses = state.losses.to(loss.device) + loss.isfinite()
         self.iterations += 1
 
     @idist.one_rank_only()
     def _report(self, engine: Engine) -> None:
+        state: Any = engine.state
         seconds = time.perf_counter() - self.started
         values = {
-            "loss": float(self.loss) / self.iterations,
+            "loss": float(state.loss) / float(state.losses) if state.losses else float("nan"),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
             "samples_per_second": self.iterations * self.batch_size * idist.get_world_size() / seconds,
@@ -136,10 +142,10 @@ class EpochReport:
         }
         logger.info(
             "epoch %d/%d  loss %.4f  lr %.2e  %.1f s  %.2f samples/s  waiting for data %.1f %%",
-            engine.state.epoch, engine.state.max_epochs, values["loss"], values["learning_rate"],
+            state.epoch, state.max_epochs, values["loss"], values["learning_rate"],
             seconds, values["samples_per_second"], 100 * values["waiting_for_data"],
         )  # fmt: skip
-        self.log.add(engine.state.epoch, {f"train/{name}": value for name, value in values.items()})
+        self.log.add(state.epoch, {f"train/{name}": value for name, value in values.items()})
 
 
 class ValidationReport:

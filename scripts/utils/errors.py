@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from .signals import listen
+
 
 class UserError(ValueError):
     """A fault in data, weights or settings that the user can mend.
@@ -49,6 +51,7 @@ def run_command(function: Callable[..., object]) -> None:
         UserError: the package fire is not installed.
     """
     sys.excepthook = _print_user_error
+    listen()
     try:
         import fire
     except ImportError as e:
@@ -74,3 +77,4 @@ def _print_user_error(kind: type[BaseException], error: BaseException, trace: Tr
 
 if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "monai.bundle.__main__":
     sys.excepthook = _print_user_error  # `python -m monai.bundle` has no hook of its own for this
+    listen()

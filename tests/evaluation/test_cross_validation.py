@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import CACHE, COARSE, TINY, bundle, overlays, python_m, save
 
+from scripts.evaluation import cross_validation
 from scripts.evaluation.cross_validation import cross_validate, pool_folds
 from scripts.utils.errors import UserError
 
@@ -79,11 +80,11 @@ def started(monkeypatch) -> list[list[str]]:
     """Collect the commands that cross-validation would start; those with an argument "fail" do so."""
     commands = []
 
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+    def run(command: list[str], environment: dict) -> int:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 1 if "fail" in command else 0)
+        return 1 if "fail" in command else 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cross_validation, "run_child", run)
     return commands
 
 
