@@ -82,4 +82,3 @@ class Rest:
         rank, random = dist.get_rank() if dist.is_initialized() else 0, self.found["random"]
         if rank < len(random):
             torch.set_rng_state(random[rank])
-

@@ -27,9 +27,7 @@ def trainer_of(factors: list[float], fused: bool = False, epochs: int = 1) -> Su
         train_handlers=[GradientClipping(12.0), FiniteSteps(3)], decollate=False,
     )  # fmt: skip
     trainer.weights = [network.weight.detach().clone()]
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda e: e.weights.append(e.network.weight.detach().clone())
-    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: e.weights.append(e.network.weight.detach().clone()))
     return trainer
 
 
