@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..utils.errors import UserError
-from ..weights import model_settings
 from ..utils.files import write_whole
 from ..utils.signals import asked, finish, leave
+from ..weights import model_settings
 from ..weights.checkpoints import check_fits, not_finite, save_checkpoint
 from ..weights.resumable import NAMES, newest, set_aside
 from .optim import take_up
@@ -209,7 +209,7 @@ class TrainingRun:
             done = f"epoch {state.epoch}, iteration {state.iteration}; --resume auto goes on: ended"
             leave(self.stopped, done if self.writes else "ended")
 
-    def _save(self, engine: SupervisedTrainer, reached: dict[str, Any]) -> None:
+    def _save(self, engine: Any, reached: dict[str, Any]) -> None:
         """Save a checkpoint, unless the last steps were not finite and more are to come.
 
         Raises:

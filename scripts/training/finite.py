@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite change nothing; they are named and counted, and many in a row end a run."""
+"""Steps whose loss or gradient is not finite change nothing; they are named, counted, and end a run if many."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class FiniteSteps:
         self.skipped = 0  # in this epoch
 
     def attach(self, engine: Engine) -> None:
-        engine.state.not_finite = 0  # steps in a row, up to now
+        state: Any = engine.state
+        state.not_finite = 0  # steps in a row, up to now
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.spread)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.leave_out)
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
@@ -102,7 +103,7 @@ class FiniteSteps:
         if math.isfinite(norm):
             state.not_finite = 0
             return
-        if math.isfinite(loss) and _scales(engine) and engine.scaler.get_scale() > 1:
+        if math.isfinite(loss) and engine.scaler is not None and _scales(engine) and engine.scaler.get_scale() > 1:
             return
         state.not_finite += 1
         self.skipped += 1

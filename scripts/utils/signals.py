@@ -101,12 +101,12 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
         for number in SIGNALS:
             signal.signal(number, pass_on)
         process = subprocess.Popen(command, env=environment, preexec_fn=bind)
-        for number in caught[:1]:  # that came before there was a command to tell
-            process.send_signal(number)
+        for early in caught[:1]:  # that came before there was a command to tell
+            process.send_signal(early)
         code = process.wait()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for listened, handler in before.items():
+            signal.signal(listened, handler)
     if caught:
         leave(caught[0], "ended, with the command that it had started,")
     return code
