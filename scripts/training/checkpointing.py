@@ -18,9 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..utils import signals
 from ..utils.errors import UserError
 from ..utils.files import write_whole
-from ..utils.signals import asked, finish, leave
+from ..utils.signals import asked, finish
 from ..weights import model_settings
 from ..weights.checkpoints import check_fits, not_finite, save_checkpoint
 from ..weights.resumable import NAMES, newest, set_aside
@@ -50,6 +51,17 @@ def resumes(folder: str | Path, resume: bool | str) -> bool:
     logger.warning("%s has no checkpoint: the run that was set aside in %s is taken back.", training, kept.parent)
     shutil.copytree(kept, training, dirs_exist_ok=True)
     return True
+
+
+def leave(trainer: Engine) -> None:
+    """End the process with the exit code of the signal that ended the run of `trainer`, if one did."""
+    state: Any = trainer.state
+    if number := getattr(state, "stopped", 0):
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        done = f"epoch {state.epoch}, iteration {state.iteration}; --resume auto goes on: ended"
+        signals.leave(number, done if first else "ended")
 
 
 class TrainingRun:
@@ -197,17 +209,8 @@ class TrainingRun:
 
     def _stop(self, engine: Engine | None, number: int) -> None:
         if number and engine is not None:
-            self.stopped = number
+            self.stopped = engine.state.stopped = number  # type: ignore[attr-defined]
             engine.terminate()
-
-    def leave(self) -> None:
-        """End the process with the exit code of the signal that ended the run, if one did."""
-        if self.stopped and self.trainer is not None:
-            state = self.trainer.state
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            done = f"epoch {state.epoch}, iteration {state.iteration}; --resume auto goes on: ended"
-            leave(self.stopped, done if self.writes else "ended")
 
     def _save(self, engine: Any, reached: dict[str, Any]) -> None:
         """Save a checkpoint, unless the last steps were not finite and more are to come.
