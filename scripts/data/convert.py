@@ -102,8 +102,8 @@ def _values(labels: Labels) -> dict[str, int]:
 
 def _place(file: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not file.endswith(".gz"):
-        nib.save(nib.load(file), path)
+    if not file.lower().endswith(".gz"):
+        nib.save(open_image(file), path)
         return
     try:
         os.link(os.path.realpath(file), path)

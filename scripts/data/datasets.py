@@ -15,7 +15,7 @@ from ..utils.files import read_json
 from .folds import SPLITS, Fold, read_folds
 from .images import ENDINGS
 from .labels import Labels
-from .scans import CHANNEL, image_files, list_scans, stem
+from .scans import CHANNEL, case_id, image_files, list_scans, stem
 
 
 class Dataset:
@@ -129,9 +129,8 @@ class Dataset:
                 ' them, one a channel, "label": FILE}: correct it.'
             )
         *files, label = (str(self.folder / path) for path in paths)
-        name = stem(Path(files[0]))
         return {
-            "case": name if len(files) == 1 else CHANNEL.sub("", name),
+            "case": case_id(Path(files[0]), len(self.channels)),
             "image": files[0] if len(files) == 1 else files,
             "label": label,
         }

@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
+from nibabel.fileholders import FileHolder
 
 from ..utils.device import free_memory
 from ..utils.errors import UserError
@@ -171,7 +172,7 @@ def open_image(path: str | Path) -> nib.Nifti1Image:
     if not Path(path).is_file():
         raise UserError(f"{path} not found; add the file or remove its case.")
     try:
-        image = nib.load(path)
+        image = _load(path)
     except Exception as e:  # nibabel raises header, type, size and value errors of many kinds for damaged headers
         raise _incomplete(path, e) from e
     if not isinstance(image, nib.Nifti1Image):
@@ -185,6 +186,15 @@ def open_image(path: str | Path) -> nib.Nifti1Image:
         raise UserError(f"{path} has the shape {shape}; expected at least one voxel along each axis: export it again.")
     _require_spacing(path, image)
     return image
+
+
+def _load(path: str | Path) -> nib.filebasedimages.FileBasedImage:
+    """Load as nibabel does, from the very file that is named: where it ends with .Nii, nibabel looks for .nii."""
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        if Path(path).stat().st_size and kind.path_maybe_image(path)[0]:
+            file = FileHolder(filename=str(path))
+            return kind.from_file_map({"image": file, "header": file})
+    return nib.load(path)
 
 
 def _incomplete(path: str | Path, error: Exception) -> UserError:

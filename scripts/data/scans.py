@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.errors import UserError
@@ -30,8 +31,9 @@ def list_scans(folder: Path) -> list[Path]:
         return []
     images = sorted(path for path in folder.iterdir() if path.name.lower().endswith((*ENDINGS, *OTHER_ENDINGS)))
     candidates = [path for path in images if _is_scan(path)]
-    stems = {stem(path) for path in candidates}
-    scans = [path for path in candidates if stem(path).removesuffix(MASK) not in stems - {stem(path)}]
+    cases = {name for path in candidates for name in (stem(path), CHANNEL.sub("", stem(path)))}
+    masks = {f"{case}{MASK}" for case in cases}
+    scans = [path for path in candidates if stem(path) not in masks]
     if left_out := [path.name for path in images if path not in scans]:
         logger.warning("left out of %s as masks, hidden, broken or no NIfTI files: %s", folder, ", ".join(left_out))
     return scans
@@ -104,6 +106,11 @@ def mask_file(case: str) -> str:
     return f"{case}{MASK}.nii.gz"
 
 
-def mask_name(meta: dict, _saver: object = None) -> dict:
+def case_of(meta: Mapping) -> str:
+    """Look up the id of a case in the metadata of its image or mask; a host may have left the name of a file alone."""
+    return meta.get("case") or case_id(Path(str(meta["filename_or_obj"])), 1)
+
+
+def mask_name(meta: Mapping, _saver: object = None) -> dict:
     """Give MONAI's `SaveImaged(output_name_formatter=)` the id of a mask's case, no patch index."""
-    return {"subject": meta.get("case") or case_id(Path(str(meta["filename_or_obj"])), 1), "idx": None}
+    return {"subject": case_of(meta), "idx": None}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import hashlib
 import io
 import json
 import math
@@ -17,7 +15,6 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import cast
 
 import ignite
 import matplotlib
@@ -30,9 +27,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from ..data.images import open_image, three_axes
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
-from ..utils.files import write_whole
+from ..utils.files import read_table, sha256, write_whole
 from ..weights import model_settings
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
@@ -76,7 +74,7 @@ def write_report(
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     folder = Path(output_dir)
-    rows, summary = _table(folder / "cases.csv"), _table(folder / "summary.csv")
+    rows, summary = read_table(folder / "cases.csv"), read_table(folder / "summary.csv")
     means = _mean_dice(rows)
     pictures = "<p>The masks were not saved (<code>save_predictions</code> is off): there is nothing to show.</p>"
     if save_predictions:
@@ -96,11 +94,6 @@ def write_report(
         facts=_facts(dataset_dir, Path(weights), device, settings),
     )
     write_whole(folder / "report.html", lambda partial: partial.write_text(page, encoding="utf-8"))
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:
@@ -168,7 +161,7 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
             "in": os.getcwd(),
             "cases of": dataset_dir,
             "weights": weights,
-            "their SHA-256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "their SHA-256": sha256(weights),
             "device": f"{device}{gpu}",
         },
         "Settings": {
@@ -274,8 +267,8 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
     """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
-    image = cast(nib.Nifti1Image, nib.load(path))
-    voxels = np.asanyarray(image.dataobj, dtype=np.float32)
+    image = open_image(path)
+    voxels = three_axes(np.asanyarray(image.dataobj, dtype=np.float32))
     voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
     turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(VIEW))
     return apply_orientation(voxels, turn), [image.header.get_zooms()[axis] for axis in np.argsort(turn[:, 0])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..utils.files import write_table
 
 METRICS = ("dice", "nsd", "hd95_mm")
 
@@ -31,11 +32,8 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
     summary = summarise(rows, names)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("cases", rows), ("summary", summary)):
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            columns = list(dict.fromkeys(["case", "label", *METRICS, *table[0]] if name == "cases" else table[0]))
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(table)
+        columns = dict.fromkeys(["case", "label", *METRICS, *table[0]] if name == "cases" else table[0])
+        write_table(folder / f"{name}.csv", list(columns), table)
     content = {"nsd_tolerance_mm": tolerance, "summary": summary, "cases": rows}
     (folder / "summary.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
     for entry in summary:

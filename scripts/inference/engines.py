@@ -40,6 +40,11 @@ class ScanEvaluator(SupervisedEvaluator):
             self.failures.append(_reason(case, e))
             return {}
 
+    def run(self) -> None:  # type: ignore[override] # as MONAI has it
+        """Segment the scans; where none is left to do, do nothing."""
+        if self.state.epoch_length:
+            super().run()
+
     def raise_failures(self) -> None:
         """Raise one error that lists the scans that failed, if any did.
 

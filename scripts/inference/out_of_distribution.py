@@ -6,8 +6,6 @@ looks as sure as any. What lies outside the ranges of training is written into t
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +17,10 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from ..data.images import tilt
+from ..data.scans import case_id, case_of
 from ..data.statistics import LARGEST_TILT, TILT, contrast, label_volumes, present_ranges, rounded, scan_measures
 from ..utils.errors import UserError
-from ..utils.files import write_whole
+from ..utils.files import read_table, write_table
 
 GRID_FACTOR = 1.25  # how many times more or less than in training spacing and extent may be
 VOLUME_FACTOR = 2.0  # and the predicted volume of a label
@@ -147,16 +146,17 @@ def warn_if_unlike(scan: str, unlike: Sequence[str]) -> None:
 
 
 class InferenceReport:
-    """Writes `report.csv` into the output folder: the measures of every scan, and what is unlike the training cases.
+    """Writes `report.csv` into the output folder: the measures of every case, and what is unlike the training cases.
 
-    What is unlike is also said when all scans are done. Lines of scans that were segmented into the folder before stay.
+    What is unlike is also said when all scans are done. Rows of cases that were segmented into the folder before stay.
 
     Args:
         output_dir: folder for the report.
+        channels: of a case, by which its id is read from rows of 0.6, which have the name of its first file alone.
     """
 
-    def __init__(self, output_dir: str) -> None:
-        self.file = Path(output_dir) / "report.csv"
+    def __init__(self, output_dir: str, channels: int = 1) -> None:
+        self.file, self.channels = Path(output_dir) / "report.csv", channels
         self.rows: dict[str, dict[str, object]] = {}
         self.unlike: dict[str, list[str]] = {}
 
@@ -166,37 +166,32 @@ class InferenceReport:
         engine.add_event_handler(Events.COMPLETED, self.warn)
 
     def read_earlier(self, engine: Engine) -> None:
-        """Read the report of an earlier run, whose lines stay.
+        """Read the report of an earlier run, whose rows stay.
 
         Raises:
             UserError: a file of that name that is no such report.
         """
         if self.file.is_file():
-            with open(self.file, newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_table(self.file)
             if not all({"scan", UNLIKE} <= set(row) for row in rows):
                 raise UserError(f"{self.file} is not a report of an inference; move it, or give another --output_dir.")
-            self.rows = {row["scan"]: row for row in rows}
+            named: list[dict[str, object]] = [
+                {"case": case_id(Path(row["scan"]), self.channels), **row} for row in rows
+            ]
+            self.rows = {str(row["case"]): row for row in named}
 
     def __call__(self, engine: Engine) -> None:
-        """Add the line of the scan that was segmented last."""
+        """Add the row of the case that was segmented last."""
         if isinstance(engine.state.output, list):  # else this scan could not be segmented
             meta = engine.state.output[0]["pred"].meta
-            scan = Path(meta["filename_or_obj"]).name
+            case, scan = case_of(meta), str(meta["filename_or_obj"])
             measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
-            self.rows[scan] = {"scan": scan, **measured, UNLIKE: "; ".join(meta[UNLIKE])}
+            self.rows[case] = {"case": case, "scan": scan, **measured, UNLIKE: "; ".join(meta[UNLIKE])}
             self.unlike[scan] = meta[UNLIKE]
-            write_whole(self.file, self._write)
+            columns = dict.fromkeys(name for row in self.rows.values() for name in row if name != UNLIKE)
+            write_table(self.file, [*columns, UNLIKE], self.rows.values())
 
     def warn(self, engine: Engine) -> None:
         """Warn of each scan of this run that is unlike the training cases."""
         for scan, unlike in self.unlike.items():
-            warn_if_unlike(scan, unlike)
-
-    def _write(self, partial: Path) -> None:
-        text = io.StringIO()
-        columns = [name for name in dict.fromkeys(name for row in self.rows.values() for name in row) if name != UNLIKE]
-        writer = csv.DictWriter(text, [*columns, UNLIKE], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows.values())
-        partial.write_text(text.getvalue())
+            warn_if_unlike(Path(scan).name, unlike)

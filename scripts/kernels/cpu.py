@@ -2,7 +2,7 @@
 
 - A depthwise convolution and its input gradient (a convolution with the flipped kernel, or the transposed one) are
   oneDNN's forward convolution wherever that is an ordinary convolution; the rest is `native`, else `fallback`.
-- Norm, expansion, GELU, GRN, compression and residual are `mlp` on the rows of `cpu_mlp`.
+- Norm, expansion, GELU, GRN, compression and residual are `mlp` on the rows of `native_mlp`, else of `cpu_mlp`.
 
 Sums over voxels are kept in float32 at least, those of the norm in float64. Under autocast to bfloat16 activations and
 products are bfloat16; weights stay as they are and get their gradients in their own precision.
@@ -26,6 +26,7 @@ from .backend import Moments, Weights, channels_last, foreign, plain
 from .cpu_mlp import CpuRows
 from .fallback import Fallback
 from .native import Native
+from .native_mlp import NativeRows
 from .reference import CONV, pointwise
 
 
@@ -51,11 +52,16 @@ class Helper(Protocol):
         ...
 
 
-NATIVE, FALLBACK, ROWS = Native(), Fallback(), CpuRows()
+NATIVE, FALLBACK = Native(), Fallback()
+NATIVE_ROWS, CPU_ROWS = NativeRows(), CpuRows()
 
 
 def _helper(x: Tensor, edge: int = 3) -> Helper:
     return NATIVE if NATIVE.suits(x, edge) else FALLBACK
+
+
+def _rows(y: Tensor, weights: Weights, trains: bool) -> mlp.Rows:
+    return NATIVE_ROWS if NATIVE_ROWS.suits(y, weights, trains) else CPU_ROWS
 
 
 class Cpu:
@@ -155,7 +161,8 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, moments, eps, over_sum, residual, *weights):
         moments = _helper(y).moments(y) if moments is None else moments
-        out, kept = mlp.forward(ROWS, y, moments, eps, Weights(*weights), over_sum, residual)
+        rows = _rows(y, Weights(*weights), trains=False)
+        out, kept = mlp.forward(rows, y, moments, eps, Weights(*weights), over_sum, residual)
         ctx.save_for_backward(y, *kept, *weights)
         ctx.over_sum, ctx.has_residual = over_sum, residual is not None
         return out
@@ -166,7 +173,8 @@ class _Mlp(torch.autograd.Function):
         y, scale, shift, energy, *weights = ctx.saved_tensors
         g = channels_last(g)
         kept = mlp.Kept(scale, shift, energy)
-        dy, grads = mlp.backward(ROWS, g, y, Weights(*weights), ctx.over_sum, kept)
+        rows = _rows(y, Weights(*weights), trains=True)
+        dy, grads = mlp.backward(rows, g, y, Weights(*weights), ctx.over_sum, kept)
         return dy, None, None, None, g if ctx.has_residual else None, *grads
 
 

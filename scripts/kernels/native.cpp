@@ -1,50 +1,15 @@
 // What PyTorch lacks a fast CPU version of: transposed depthwise convolution, the weight gradient of a depthwise one,
-// and exact sums over voxels. Tensors are channels-last, (N, D, H, W, C), with C a multiple of 16: sixteen channels of a
-// voxel are one vector. float32 and bfloat16 are multiplied and added in float32 within a plane, in float64 beyond it.
+// and exact sums over voxels. Tensors are channels-last, (N, D, H, W, C), with C a multiple of 16. float32 and bfloat16
+// are multiplied and added in float32 within a plane, in float64 beyond it.
 
-#include <cstdint>
-#include <cstring>
+#include "native.h"
+
 #include <omp.h>
 
 namespace {
 
-constexpr int64_t LANES = 16; // channels of a vector
 constexpr int64_t BLOCK = 8;  // voxels of a row that are summed in registers at the same time
 constexpr int64_t TILE = 256; // voxels that stay in the L1 cache while `moments` walks over their channels
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef double Doubles __attribute__((vector_size(8 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-
-template <typename V, typename Number> V read(const Number *p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <typename V, typename Number> void write(Number *p, V v) { std::memcpy(p, &v, sizeof v); }
-
-// How a channel is stored, and the number and the vector that computing uses.
-struct F32 {
-    typedef float Stored, Number;
-    typedef Floats Vector;
-    static Vector load(const Stored *p) { return read<Vector>(p); }
-    static void store(Stored *p, Vector v) { write(p, v); }
-};
-
-struct F64 {
-    typedef double Stored, Number;
-    typedef Doubles Vector;
-    static Vector load(const Stored *p) { return read<Vector>(p); }
-    static void store(Stored *p, Vector v) { write(p, v); }
-};
-
-struct BF16 {
-    typedef uint16_t Stored;
-    typedef float Number;
-    typedef Floats Vector;
-    static Vector load(const Stored *p) { return (Vector)(__builtin_convertvector(read<Halves>(p), Words) << 16); }
-    static void store(Stored *p, Vector v) { // to nearest, ties to even; NaN stays NaN
-        const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (Words)(v != v);
-        write(p, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves));
-    }
-};
 
 } // namespace
 

@@ -1,4 +1,4 @@
-"""`native.cpp`, compiled for this machine's processor when it is first needed, and kept in the user's cache.
+"""`native*.cpp`, compiled for this machine's processor when it is first needed, and kept in the user's cache.
 
 Compiling takes the C++ compiler that is there (`CXX`, else g++, c++ or clang++) a few seconds, once. Where there is
 none, or it fails, `library` says so and `cpu` does without. The code runs in the OpenMP threads of PyTorch.
@@ -21,7 +21,8 @@ import torch
 
 from .backend import CHANNELS_LAST, Moments
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("native*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("native*.h"))
 FLAGS = ["-std=c++14", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-Wno-psabi"]
 LANES = 16  # channels of a vector
 STORED = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -52,7 +53,8 @@ def library() -> ctypes.CDLL:
         raise UnavailableError("no C++ compiler (CXX, g++, c++, clang++) was found")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, FLAGS), processor()]))
+        text = [file.read_bytes() for file in (*HEADERS, *SOURCES)]
+        key = hashlib.sha256(b"\0".join([*text, version, *map(str.encode, FLAGS), processor()]))
         file = cache() / f"native-{key.hexdigest()[:16]}.so"
         if not file.exists():
             _compile(compiler, file)
@@ -96,11 +98,12 @@ def cache() -> Path:
 
 def _compile(compiler: str, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = [str(Path(folder) / name) for name in ("native.o", "native.so")]
+        objects, made = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES], str(Path(folder) / file.name)
+        commands = [[*FLAGS, "-c", str(source), "-o", o] for source, o in zip(SOURCES, objects, strict=True)]
         # linked without -fopenmp, so that the OpenMP already in the process is used: PyTorch's, and its threads
-        for command in ([*FLAGS, "-c", str(SOURCE), "-o", made[0]], ["-shared", made[0], "-o", made[1]]):
+        for command in [*commands, ["-shared", *objects, "-o", made]]:
             subprocess.run([compiler, *command], capture_output=True, check=True)
-        os.replace(made[1], file)
+        os.replace(made, file)
 
 
 def _shape(
@@ -114,13 +117,14 @@ def _shape(
     return _Shape(n, channels, three(fine), three(coarse), three(kernel), three([stride] * len(kernel)))
 
 
-def _call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> None:
     """Call a function of the library; tensors are passed by their first element."""
     plain = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
     getattr(library(), f"mednext_{name}")(*plain)
 
 
-def _parts(*shape: int) -> torch.Tensor:
+def parts(*shape: int) -> torch.Tensor:
+    """Return zeros for the sums of each thread, in float64: (threads, *shape)."""
     return torch.zeros(library().mednext_threads(), *shape, dtype=torch.float64)
 
 
@@ -141,7 +145,7 @@ class Native:
         start = bias.detach().to(number).contiguous()
         n, channels = x.shape[:2]
         shape = _shape(n, channels, size, x.shape[2:], weight.shape[2:], stride)
-        _call("transposed", x, weights, start, y, ctypes.byref(shape), STORED[x.dtype])
+        call("transposed", x, weights, start, y, ctypes.byref(shape), STORED[x.dtype])
         return y
 
     def weight_gradient(
@@ -150,16 +154,16 @@ class Native:
         """Sum products of voxels of both, in float64."""
         n, channels = fine.shape[:2]
         kernel = weight.shape[2:]
-        sums = _parts(kernel.numel(), channels)
+        sums = parts(kernel.numel(), channels)
         shape = _shape(n, channels, fine.shape[2:], coarse.shape[2:], kernel, stride)
-        _call("correlate", fine, coarse, sums, ctypes.byref(shape), STORED[fine.dtype])
+        call("correlate", fine, coarse, sums, ctypes.byref(shape), STORED[fine.dtype])
         return sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
 
     def moments(self, x: torch.Tensor) -> Moments:
         """Sum voxels and their squares, in float64."""
         n, channels = x.shape[:2]
         size = x.shape[2:]
-        sums = _parts(n, 2, channels)
-        _call("moments", x, sums, ctypes.byref(_shape(n, channels, size, size, [1] * len(size), 1)), STORED[x.dtype])
+        sums = parts(n, 2, channels)
+        call("moments", x, sums, ctypes.byref(_shape(n, channels, size, size, [1] * len(size), 1)), STORED[x.dtype])
         mean, squares = (sums.sum(0) / size.numel()).unbind(1)
         return mean, (squares - mean.square()).clamp(min=0)

@@ -4,6 +4,9 @@
     folder/<transforms>/parameters.json     one folder for each list of transforms, which this file spells out
     folder/<transforms>/<content>.pt        what they made of one case: tensors, mapped into memory, not read whole
 
+The CRC-32s that torch.save writes into an entry are compared once a run, in `prepare`: 0.2 ms for a hippocampus, 32 ms
+for 300 x 300 x 300 float32 voxels on one core (SHA-256 alone is 60 ms, blake2b 115 ms). Later only crops are read.
+
 Whoever asks for the same content and transforms shares an entry: training and validation, folds, several runs at once.
 Nothing is ever removed; any of it may be, while no run uses it.
 """
@@ -11,6 +14,7 @@ Nothing is ever removed; any of it may be, while no run uses it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,6 +23,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -34,9 +39,11 @@ from ..data.images import Geometry, open_image
 from ..data.scans import case_id, image_files
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
-from ..utils.files import remembered, write_whole
+from ..utils.files import is_intact, remembered, write_whole
 from .cache_key import description, digest, file_digest, versions
 from .loading import CASE
+
+logger = logging.getLogger("mednext")
 
 
 class CachedDataset(Dataset):
@@ -69,7 +76,7 @@ class CachedDataset(Dataset):
         self.entries: list[list[_Entry]] = []  # of each case, one a stage; none before `prepare`
 
     def prepare(self) -> None:
-        """Make what is missing, in as many threads as cores and RAM allow; what is there already costs a look.
+        """Make what is missing, in as many threads as cores and RAM allow; what is there already is read once.
 
         A loader with workers needs it done before; without workers the first read does it. Several processes may do it
         at once: none waits for another, and each takes the cases in an order of its own, so that they share them.
@@ -110,7 +117,7 @@ class CachedDataset(Dataset):
         for stage in self.stages:
             inputs = stage.inputs(case)
             entry = _Entry(stage.folder / f"{digest(_content(inputs, known))[:16]}.pt", _files(inputs))
-            if (found := entry.read()) is None:
+            if (found := entry.read_intact()) is None:
                 entry.write(_outcome(stage, inputs | results, entry.files))
                 found = entry.read_existing()
             results |= found
@@ -213,13 +220,22 @@ class _Entry:
         """Read its values, tensors mapped from disk; None where there is no such file or not all of it."""
         try:
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except (OSError, RuntimeError, EOFError):  # torch's reader raises the last two for what is no whole archive
+        except (OSError, RuntimeError, EOFError, UnpicklingError):  # torch's reader, of what is no whole archive
             return None
         own, values = dict(zip(found["files"], self.files, strict=True)), found["values"]
         for key, meta in found["meta"].items():
             name = meta.get("filename_or_obj")
             values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
         return values
+
+    def read_intact(self) -> dict | None:
+        """Read its values if they are what was written; None, with a line in the log, where they are not."""
+        if not self.path.is_file():
+            return None
+        found = self.read() if is_intact(self.path) else None
+        if found is None:
+            logger.warning("%s is damaged and made again.", self.path)
+        return found
 
     def read_existing(self) -> dict:
         """Read its values, which have been there before."""

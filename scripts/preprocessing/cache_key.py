@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from monai.data import ImageReader
 
+from ..utils.files import sha256
 from .definition import LIBRARIES, definitions, is_library
 
 CACHE_VERSION = 1  # raised by hand where results must be made anew although no definition has changed
@@ -94,11 +95,7 @@ def file_digest(path: str, known: dict) -> str:
     state = Path(path).stat()
     signature, name = [state.st_size, state.st_mtime_ns], str(Path(path).resolve())
     if known.get(name, [])[:2] != signature:
-        found = hashlib.sha256()
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                found.update(block)
-        known[name] = [*signature, found.hexdigest()]
+        known[name] = [*signature, sha256(path)]
     return known[name][2]
 
 

@@ -22,8 +22,8 @@ from ..utils import signals
 from ..utils.errors import UserError
 from ..utils.files import write_whole
 from ..utils.signals import asked, finish
-from ..weights import model_settings
-from ..weights.checkpoints import check_fits, not_finite, save_checkpoint
+from ..weights.checkpoints import check_fits, not_finite, save_weights
+from ..weights.model_settings import settings_file
 from ..weights.resumable import NAMES, newest, set_aside
 from .optim import take_up
 from .resuming import Agreement, Rest, within_epoch
@@ -183,7 +183,7 @@ class TrainingRun:
             self.checkpoint.parent.rename(kept / "training")
         if (decided := self.folder / "postprocessing.json").exists():  # for the earlier weights, not for new ones
             decided.rename(kept / decided.name)
-        for file in (self.weights, model_settings.settings_file(self.weights)):
+        for file in (settings_file(self.weights), self.weights):
             if file.exists():  # copied, since it stays in use until better weights replace it
                 write_whole(kept / file.name, functools.partial(shutil.copy2, file))
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
@@ -273,5 +273,4 @@ class TrainingRun:
     def _save_weights(self, found: dict[str, Any]) -> None:
         """Save the weights with their settings, and what was found of them."""
         if self.writes:
-            save_checkpoint(self.network.state_dict(), self.weights)
-            model_settings.write_model_settings(self.weights, {**self.settings, **found})
+            save_weights(self.network.state_dict(), self.weights, {**self.settings, **found})

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import nibabel as nib
 import numpy as np
 import torch
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 
+from ..data.images import open_image, three_axes
 from ..data.visualization import draw_overlay
 from ..utils.files import write_whole
 from .log_figure import draw_log
@@ -195,7 +195,7 @@ class ValidationReport:
 
     def _picture(self, file: str, label: np.ndarray, pred: np.ndarray) -> np.ndarray:
         """Draw label and prediction over the scan as it is stored, of several channels the first."""
-        scan = cast(nib.Nifti1Image, nib.load(file))
-        voxels = np.asanyarray(scan.dataobj, dtype=np.float32)
+        scan = open_image(file)
+        voxels = three_axes(np.asanyarray(scan.dataobj, dtype=np.float32))
         voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
         return draw_overlay(voxels, np.where(label == self.ignore, 0, label), pred, scan.header.get_zooms())

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ..utils.errors import UserError
-from ..utils.files import write_whole
+from ..utils.files import is_intact, sha256, write_whole
 from .architecture import Shapes, describe, explain, shapes
+from .model_settings import SHA256, check_sha256, write_model_settings
 
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile, torch's checkpoint wrapper
 HEADS = "out_"  # prefix of the heads, all that a new set of classes changes
@@ -52,6 +53,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is a folder; give the file of weights in it.")
     if not Path(path).is_file():
         raise UserError(f"{path} not found; train first, or name another weights file.")
+    if _is_archive(path) and not is_intact(path):
+        raise UserError(f"{path} is not a readable weights file (its own checksums differ); copy or train it again.")
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.serialization.safe_globals(_numpy_scalars()))
@@ -75,6 +78,11 @@ def load_checkpoint(path: str | Path) -> dict:
     return dict(content)
 
 
+def _is_archive(path: str | Path) -> bool:
+    with open(path, "rb") as stream:  # as torch.load tells it from what torch wrote before 1.6
+        return stream.read(4) == b"PK\x03\x04"
+
+
 def _numpy_scalars() -> list:
     """Return the numpy types that nnU-Net v1 writes beside the weights, in its loss curves."""
     try:
@@ -92,13 +100,29 @@ def save_checkpoint(content: dict, path: str | Path) -> None:
     write_whole(path, lambda partial: torch.save(content, partial))
 
 
+def save_weights(content: dict, path: str | Path, settings: dict) -> None:
+    """Write a file of weights with its settings and its SHA-256 beside it.
+
+    The settings appear first, and name the weights that are about to be replaced as well: whoever is stopped between
+    the two files leaves weights that load.
+    """
+    before = [sha256(path)] if Path(path).is_file() else []
+
+    def write(partial: Path) -> None:
+        torch.save(content, partial)
+        write_model_settings(path, settings | dict(zip(SHA256, [sha256(partial), *before], strict=False)))
+
+    write_whole(path, write)
+
+
 def read_weights(path: str | Path) -> MedNeXtWeights:
     """Read the weights in a file, bare or inside a training checkpoint, and give them our names.
 
     Raises:
-        UserError: as from `load_checkpoint` and `translate`, or the file holds several networks.
+        UserError: as from `load_checkpoint`, `check_sha256` and `translate`, or the file holds several networks.
     """
     content = load_checkpoint(path)
+    check_sha256(path)
     nested = {key: part for key, part in content.items() if isinstance(part, Mapping) and _stems(part)}
     if len(nested) > 1:
         raise UserError(f"{path} holds several networks, {', '.join(map(str, nested))}; save the one you want alone.")
@@ -187,12 +211,13 @@ def check_finite(state: Mapping[str, torch.Tensor], source: str | Path) -> None:
 
 
 def check_weights(path: str | Path, network: nn.Module) -> None:
-    """Check that a file is a plain state dict with the names and shapes of `network`, a MedNeXt or not.
+    """Check that a file is whole, and a plain state dict with the names and shapes of `network`, a MedNeXt or not.
 
     Raises:
         UserError: it is not; for weights of another implementation the message has the command that converts them.
     """
     content = load_checkpoint(path)
+    check_sha256(path)
     plain = all(isinstance(value, torch.Tensor) for value in content.values())
     if plain:
         check_finite(content, path)

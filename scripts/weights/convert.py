@@ -8,8 +8,8 @@ from typing import Any
 
 from ..utils.errors import UserError
 from .architecture import Architecture, build, describe, shapes
-from .checkpoints import HEADS, State, check_fits, read_weights, save_checkpoint, to_mic_dkfz, to_monai
-from .model_settings import read_model_settings, settings_file, write_model_settings
+from .checkpoints import HEADS, State, check_fits, read_weights, save_checkpoint, save_weights, to_mic_dkfz, to_monai
+from .model_settings import read_model_settings, settings_file
 
 FORMATS = {"mednext": "this bundle", "mic-dkfz": "MIC-DKFZ/MedNeXt", "monai": "MONAI"}
 EXPORT: dict[str, Callable[[State], dict]] = {"mednext": dict, "mic-dkfz": to_mic_dkfz, "monai": to_monai}
@@ -80,14 +80,19 @@ def convert_weights(
     _check_other_side(found, to, source)
 
     try:
-        save_checkpoint(EXPORT[to](state), target)
-        print(f"wrote {target}")
         if to == "mednext" and found.size:
             kept = {key: earlier[key] for key in KEPT if key in earlier}
-            write_model_settings(target, kept | _settings(found) | {"converted_from": Path(source).name})
+            save_weights(dict(state), target, kept | _settings(found) | {"converted_from": Path(source).name})
+            print(f"wrote {target}")
             print(f"wrote {settings_file(target)}: spacing and patch are as published, unless you add others")
-        elif to == "mednext":
-            print(f"no row of the table of sizes: build it with MedNeXt(**{found.arguments()})")
+        else:
+            if settings_file(target).is_file():  # a SHA-256 in there is that of other weights
+                save_weights(EXPORT[to](state), target, read_model_settings(target))
+            else:
+                save_checkpoint(EXPORT[to](state), target)
+            print(f"wrote {target}")
+            if to == "mednext":
+                print(f"no row of the table of sizes: build it with MedNeXt(**{found.arguments()})")
     except OSError as e:
         raise UserError(f"{target} cannot be written ({e.strerror}); give another --target.") from e
 

@@ -1,12 +1,15 @@
 """What was decided together with a set of weights: a JSON file beside them, with the names of the settings.
 
 `models/model.pt` has `models/model.json`, which training writes and inference, scoring and resuming read, so that a
-network is never built with other sizes, spacing or labels than those it was trained with.
+network is never built with other sizes, spacing or labels than those it was trained with. It also holds the SHA-256 of
+the weights that it belongs to, which is compared wherever they are loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -14,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from ..utils.files import write_whole
+from ..utils.files import sha256, write_whole
 from ..utils.settings_table import MODEL
 
 BUNDLE_ROOT = str(Path(__file__).resolve().parents[2])
 RENAMED = {"scored": "eval_classes", "familiar": "training_ranges"}  # names in files of 0.6 -> now
+SHA256 = ("sha256", "sha256_before")  # of the weights beside the file, and of those that they replaced
+
+logger = logging.getLogger("mednext")
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,15 @@ def settings_file(weights: str | Path) -> Path:
 
 
 def read_model_settings(weights: str | Path) -> dict:
-    """Read what is written beside `weights`, by its present names; nothing where there is no such file.
+    """Read the settings written beside `weights`, by their present names; nothing where there is no such file.
 
     Raises:
         UserError: the file is not JSON, or not a dictionary.
     """
+    return {RENAMED.get(name, name): value for name, value in _written(weights).items() if name not in SHA256}
+
+
+def _written(weights: str | Path) -> dict:
     path = settings_file(weights)
     if not path.is_file():
         return {}
@@ -90,20 +100,54 @@ def read_model_settings(weights: str | Path) -> dict:
         raise UserError(f"{path} is not valid JSON ({e}); restore it or delete it to use the defaults.") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected settings by name: restore or delete it.")
-    return {RENAMED.get(name, name): value for name, value in content.items()}
+    return content
+
+
+def check_sha256(weights: str | Path, silent: bool = False) -> None:
+    """Compare a file of weights with the SHA-256 beside it; where none is written, say so once unless `silent`.
+
+    The file is read before its settings, which name new weights before these appear (see `save_weights`): a training
+    that goes on meanwhile is no mismatch.
+
+    Raises:
+        UserError: the file is another one than the settings were written with.
+    """
+    found, written = sha256(weights), _written(weights)
+    expected = [written[name] for name in SHA256 if name in written]
+    if not expected and not silent:
+        _say_unknown(str(weights))
+    if expected and found not in expected:
+        path = settings_file(weights)
+        raise UserError(
+            f"{weights} has the SHA-256 {found}, but {path} was written for {expected[0]}: it is damaged, or others"
+            " took its place. Download or copy both files again, or train again; if these weights are right, give them"
+            f" their own settings or delete {' and '.join(SHA256)} there."
+        )
+
+
+@functools.cache
+def _say_unknown(weights: str) -> None:
+    logger.info(
+        "%s has no SHA-256 in %s: whether it is as it was written is not known.", weights, settings_file(weights)
+    )
 
 
 def load_model_settings(weights: str | Path, **overrides) -> ModelSettings:
     """Read the settings beside `weights`, with the defaults of `ModelSettings` for what is not written there.
+
+    Weights that are there have to be those that the settings belong to: who builds a network by them may load the
+    weights by other means than this bundle's, as MONAI's exports do.
 
     Args:
         weights: the file of weights.
         overrides: values that count more than what is written.
 
     Raises:
-        UserError: as `read_model_settings`; a value that its setting cannot have, or that contradicts another; an
-            override that is none of the settings.
+        UserError: as `read_model_settings` and `check_sha256`; a value that its setting cannot have, or that
+            contradicts another; an override that is none of the settings.
     """
+    if Path(weights).is_file():
+        check_sha256(weights, silent=True)
     path, known = settings_file(weights), {field.name for field in fields(ModelSettings)}
     written = {name: value for name, value in read_model_settings(weights).items() if name in known}
     found = {

@@ -171,6 +171,16 @@ class TestScans:
     def test_masks_of_an_earlier_run_are_no_scans(self, tmp_path):
         folder = self.files(tmp_path, "a.nii.gz", "a_seg.nii.gz", "b_seg.nii.gz", "p1.T1.nii.gz", "p1.T1_seg.nii.gz")
         assert [s["case"] for s in find_scans(str(folder))] == ["a", "b_seg", "p1.T1"]
+        self.files(folder, "c_0000.nii.gz", "c_seg.nii.gz")
+        assert [s["case"] for s in find_scans(str(folder))] == ["a", "b_seg", "c", "p1.T1"]
+
+    @pytest.mark.parametrize("name", ["a.b", "p_0000", "p_0001", "s_2024", "1.2.840", "a.nii"])
+    def test_a_file_has_one_id_in_training_and_inference(self, name, tmp_path):
+        folder = self.files(tmp_path, f"imagesTr/{name}.nii.gz", "labelsTr/l.nii.gz")
+        listed = [{"image": f"imagesTr/{name}.nii.gz", "label": "labelsTr/l.nii.gz"}]
+        description = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "x"}, "training": listed}
+        (folder / "dataset.json").write_text(json.dumps(description))
+        assert [c["case"] for c in Dataset(folder).listed_cases] == [s["case"] for s in find_scans(str(folder))]
 
     @pytest.mark.parametrize("channels", [1, 2])
     @pytest.mark.parametrize(

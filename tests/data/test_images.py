@@ -37,6 +37,15 @@ def test_voxels_are_as_stored_with_what_makes_values_of_them(tmp_path):
     np.testing.assert_array_equal(found.voxels * found.slope + found.intercept, nib.load(found.path).get_fdata())
 
 
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("ending", [".nii.gz", ".NII.GZ", ".Nii.Gz", ".nii.GZ", ".Nii", ".NII"])
+def test_endings_in_any_case_are_read_from_the_file_that_is_named(ending, kind, tmp_path):
+    written = tmp_path / f"a{ending.lower()}"
+    nib.save(kind(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4)), written)
+    read = read_image(written.rename(tmp_path / f"b{ending}"))
+    np.testing.assert_array_equal(read.voxels.ravel(), np.arange(8))
+
+
 def test_channels_come_one_by_one(tmp_path):
     voxels = np.random.default_rng(0).integers(0, 9, (2, 3, 4, 2)).astype(np.int16)
     found = list(read_image(save(tmp_path / "scan.nii.gz", voxels)).channels())

@@ -1,4 +1,3 @@
-import csv
 import json
 
 import nibabel as nib
@@ -22,6 +21,7 @@ from scripts.inference.predictor import Predictor
 from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.training_ranges import learn_training_ranges
 from scripts.utils.errors import UserError
+from scripts.utils.files import read_table
 
 RANGES = {
     "spacing x (mm)": [1.0, 1.5],
@@ -75,8 +75,7 @@ def segmented(trained, phantom_dir, tmp_path_factory):
         "--config_file", "configs/inference.json", "--dataset_dir", folder, "--ckpt_dir", trained,
         "--output_dir", folder / "masks", "--num_workers", 0, "--amp", False,
     )  # fmt: skip
-    with open(folder / "masks/report.csv", newline="") as file:
-        return done.stdout + done.stderr, {row["scan"]: row for row in csv.DictReader(file)}
+    return done.stdout + done.stderr, {row["case"]: row for row in read_table(folder / "masks/report.csv")}
 
 
 class TestInference:
@@ -86,19 +85,18 @@ class TestInference:
         assert json.loads((trained / "model.json").read_text())["training_ranges"] == ranges
 
     def test_a_scan_as_in_training_has_its_measures_in_the_report(self, segmented):
-        row = segmented[1]["as_trained.nii.gz"]
+        row = segmented[1]["as_trained"]
+        assert row["scan"].endswith("/as_trained.nii.gz")
         assert float(row["extent x (mm)"]) > 0
         assert "extent" not in row["unlike the training cases"]
         assert "contrast" not in row["unlike the training cases"]
 
-    @pytest.mark.parametrize(
-        ("scan", "measure"), [("like_ct.nii.gz", "contrast of channel 0"), ("larger.nii.gz", "extent")]
-    )
-    def test_an_unlike_scan_is_in_the_report_and_said_aloud(self, segmented, scan, measure):
+    @pytest.mark.parametrize(("case", "measure"), [("like_ct", "contrast of channel 0"), ("larger", "extent")])
+    def test_an_unlike_scan_is_in_the_report_and_said_aloud(self, segmented, case, measure):
         printed, report = segmented
-        assert measure in report[scan]["unlike the training cases"]
-        assert f"{scan} is unlike the scans this network was trained on, do not trust its mask unseen: " in printed
-        assert measure in printed.split(scan)[1]
+        assert measure in report[case]["unlike the training cases"]
+        said = f"{case}.nii.gz is unlike the scans this network was trained on, do not trust its mask unseen: "
+        assert measure in printed.split(said)[1]
 
 
 def test_a_scan_is_measured_on_its_own_grid_in_ras_order(tmp_path):
@@ -142,18 +140,33 @@ class TestReport:
         """Report one scan as the evaluator does."""
         mask = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"filename_or_obj": scan, "measured": measured, UNLIKE: []})
         engine = Engine(lambda engine, batch: [{"pred": mask}])
-        InferenceReport(str(folder)).attach(engine)
+        InferenceReport(str(folder), channels=2).attach(engine)
         engine.run([0])
-        with open(folder / "report.csv", newline="") as file:
-            return {row["scan"]: row for row in csv.DictReader(file)}
+        return {row["case"]: row for row in read_table(folder / "report.csv")}
 
     def test_lines_of_other_scans_stay_and_that_of_the_same_is_new(self, tmp_path):
         self.run(tmp_path, "one.nii.gz", x=1.0)
         self.run(tmp_path, "two.nii.gz", x=2.0)
         rows = self.run(tmp_path, "one.nii.gz", x=3.0, y=4.0)
         assert {scan: (row["x"], row["y"]) for scan, row in rows.items()} == {
-            "one.nii.gz": ("3.0", "4.0"),
-            "two.nii.gz": ("2.0", ""),
+            "one": ("3.0", "4.0"),
+            "two": ("2.0", ""),
+        }
+
+    @pytest.mark.parametrize("case", ["-5", "-a", "=cmd|' /C calc'!A0", "@x", "+1-2", "'=x", 'a,"b"', "1.2.840.1"])
+    def test_a_case_has_one_row_under_any_name(self, case, tmp_path):
+        for x in (1.0, -2.0):
+            rows = self.run(tmp_path, f"{case}.nii.gz".replace("/", ":"), x=x)
+        assert [row["x"] for row in rows.values()] == ["-2.0"]
+        self.run(tmp_path, "other.nii.gz", x=3.0)
+        assert [row["x"] for row in read_table(tmp_path / "report.csv")] == ["-2.0", "3.0"]
+
+    def test_rows_of_0_6_which_name_a_file_stay_and_are_of_its_case(self, tmp_path):
+        (tmp_path / "report.csv").write_text(f"scan,x,{UNLIKE}\na_0000.nii.gz,1.0,\nb_0000.nii.gz,2.0,\n")
+        rows = self.run(tmp_path, "a.nii.gz", x=3.0)
+        assert {case: (row["scan"], row["x"]) for case, row in rows.items()} == {
+            "a": ("a.nii.gz", "3.0"),
+            "b": ("b_0000.nii.gz", "2.0"),
         }
 
     def test_a_file_that_is_no_such_report_is_not_overwritten(self, tmp_path):

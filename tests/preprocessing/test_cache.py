@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -309,6 +310,25 @@ class TestSharing:
             used[0]
         assert torch.equal(dataset(scans, prepared)[0]["image"], expected)
         assert entry.stat().st_size == len(whole)
+
+    @pytest.mark.parametrize("at", [0, 200, 0.3, 0.6, -30], ids=["first", "header", "voxel", "later", "directory"])
+    def test_an_entry_with_a_flipped_bit_is_made_again_with_a_line_in_the_log(
+        self, at, scans, prepared, caplog, monkeypatch
+    ):
+        monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+        used = dataset(scans, prepared)
+        expected = used[0]["image"].clone()
+        entry = used.entries[0][0].path
+        whole = entry.read_bytes()
+        flipped = bytearray(whole)
+        flipped[int(at * len(whole)) if 0 < at < 1 else at] ^= 4
+        entry.unlink()
+        entry.write_bytes(flipped)
+        assert torch.equal(dataset(scans, prepared)[0]["image"], expected)
+        assert caplog.messages == [f"{entry} is damaged and made again."]
+        assert entry.stat().st_size == len(whole)
+        dataset(scans, prepared).prepare()
+        assert len(caplog.messages) == 1
 
     def test_damaged_digests_are_made_again(self, scans, prepared):
         before, digests = made(prepared), (prepared / "digests.json").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ from ignite.engine import Engine
 from scripts.training.checkpointing import TrainingRun
 from scripts.training.optim import polynomial
 from scripts.utils.errors import UserError
-from scripts.weights.checkpoints import load_checkpoint
+from scripts.utils.files import sha256
+from scripts.weights.checkpoints import check_weights, load_checkpoint
+from scripts.weights.model_settings import read_model_settings
 
 
 class TestTrainingRun:
@@ -39,7 +42,45 @@ class TestTrainingRun:
             torch.nn.init.constant_(run.network.weight, epoch)
             self.validate(run, epoch, dice)
         assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 2
-        assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 2, "dice": 0.7}
+        assert read_model_settings(tmp_path / "model.pt") == {"size": "S", "epoch": 2, "dice": 0.7}
+        assert json.loads((tmp_path / "model.json").read_text())["sha256"] == sha256(tmp_path / "model.pt")
+
+    @pytest.mark.parametrize("first", [True, False], ids=["the first weights", "later ones"])
+    @pytest.mark.parametrize("stopped", [1, 2])
+    def test_a_run_killed_between_weights_and_settings_leaves_weights_that_load(
+        self, stopped, first, tmp_path, monkeypatch
+    ):
+        run, _ = self.run_of(tmp_path)
+        if not first:
+            self.validate(run, 1, 0.5)
+        whole, renamed = Path.replace, []
+
+        def replace(path, target):
+            if len(renamed) == stopped - 1:
+                raise KeyboardInterrupt
+            renamed.append(target)
+            return whole(path, target)
+
+        torch.nn.init.constant_(run.network.weight, 7.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                self.validate(run, 2, 0.7)
+        assert [path.name for path in renamed] == ["model.json"][: stopped - 1]
+        if not first:
+            check_weights(tmp_path / "model.pt", run.network)
+        self.validate(run, 3, 0.8)
+        check_weights(tmp_path / "model.pt", run.network)
+
+    def test_the_weights_of_the_release_before_load_when_a_run_that_replaces_them_is_killed(self, tmp_path):
+        run, _ = self.run_of(tmp_path)
+        torch.save(run.network.state_dict(), tmp_path / "model.pt")
+        (tmp_path / "model.json").write_text('{"size": "S"}')
+        before = sha256(tmp_path / "model.pt")
+        torch.nn.init.constant_(run.network.weight, 7.0)
+        self.validate(run, 1, 0.7)
+        written = json.loads((tmp_path / "model.json").read_text())
+        assert (written["sha256"], written["sha256_before"]) == (sha256(tmp_path / "model.pt"), before)
 
     def test_the_last_weights_are_kept_if_asked_for(self, tmp_path):
         run, _ = self.run_of(tmp_path, selection="last")
@@ -80,7 +121,7 @@ class TestTrainingRun:
         run.attach(trainer)
         trainer.run([0], max_epochs=3)
         assert load_checkpoint(tmp_path / "model.pt")["weight"].unique() == 3
-        assert json.loads((tmp_path / "model.json").read_text()) == {"size": "S", "epoch": 3}
+        assert read_model_settings(tmp_path / "model.pt") == {"size": "S", "epoch": 3}
         assert caplog.messages == ["no case is held out: nothing is validated, and the last weights are kept."]
 
     def test_a_resumed_run_has_everything_back(self, tmp_path):

@@ -12,6 +12,7 @@ from monai.networks.nets.mednext import create_mednext as monai_mednext
 
 from scripts.mednext import create_mednext, create_mednext_v2
 from scripts.utils.errors import UserError
+from scripts.utils.files import sha256
 from scripts.weights.checkpoints import load_checkpoint
 from scripts.weights.convert import convert_weights
 
@@ -37,7 +38,7 @@ def test_an_original_checkpoint_segments_a_scan_after_one_command(original, phan
     settings = json.loads((tmp_path / "models/model.json").read_text())
     assert settings == {
         "size": "S", "kernel_size": 5, "in_channels": 1, "out_channels": 4, "deep_supervision": True,
-        "converted_from": "final.model",
+        "converted_from": "final.model", "sha256": sha256(tmp_path / "models/model.pt"),
     }  # fmt: skip
     scan = next((phantom_dir / "imagesTs").glob("*.nii.gz"))
     bundle(
@@ -74,6 +75,14 @@ def test_a_network_without_a_row_in_the_table_is_converted_with_its_arguments_sa
     assert "MedNeXt(**{'in_channels': 1, 'n_channels': 4" in capsys.readouterr().out
     assert (tmp_path / "model.pt").exists()
     assert not (tmp_path / "model.json").exists()
+
+
+def test_a_sha256_of_weights_that_are_gone_does_not_stay(tmp_path):
+    torch.save(create_mednext(1, 2, "S", n_channels=4).state_dict(), tmp_path / "own.pt")
+    (tmp_path / "model.json").write_text(json.dumps({"spacing": [2, 2, 2], "sha256": "0" * 64}))
+    convert_weights(tmp_path / "own.pt", tmp_path / "model.pt")
+    kept = json.loads((tmp_path / "model.json").read_text())
+    assert kept == {"spacing": [2, 2, 2], "sha256": sha256(tmp_path / "model.pt")}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.planner import plan_training
 from scripts.training.settings_checks import Given, check_plan
 from scripts.utils.errors import UserError
+from scripts.utils.files import read_table
 from scripts.weights.model_settings import ModelSettings
 
 CALL = "$__import__('os').system('touch {file}')"
@@ -26,7 +26,7 @@ CASES = ["$open('X','w')", "@train", "%x", "a#b", "$$(touch X)"]
 WRITTEN = {  # every file that planning, checking, training, scoring and inference leave
     "plan.json", "fingerprint.json", "fingerprint.png", "checked.json", "check.json", "model.pt", "model.json",
     "training/progress.csv", "training/progress.png", "training/checkpoint.pt",
-    "cases.csv", "summary.csv", "summary.json", "report.html", "report.csv",
+    "cases.csv", "summary.csv", "summary.json", "report.html", "report.csv", "masks.json",
 }  # fmt: skip
 
 
@@ -93,10 +93,9 @@ def test_every_other_file_holds_the_names_as_they_are(ran):
     out, data = ran
     labels = Dataset(data).labels
     assert json.loads((out / "model.json").read_text())["labels"] == labels.names
-    with open(out / "cases.csv", newline="") as file:
-        assert {row["label"] for row in csv.DictReader(file)} == set(labels.names[1:])
-    with open(out / "report.csv", newline="") as file:
-        assert {row["scan"] for row in csv.DictReader(file)} == {f"{case}.nii.gz" for case in CASES}
+    assert {row["label"] for row in read_table(out / "cases.csv")} == set(labels.names[1:])
+    assert {row["case"] for row in read_table(out / "report.csv")} == set(CASES)
+    assert set(json.loads((out / "masks.json").read_text())["masks"]) == set(CASES)
     assert "<script>alert" not in (out / "report.html").read_text()
 
 

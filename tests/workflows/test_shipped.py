@@ -24,6 +24,7 @@ def test_they_are_what_their_checksums_say_and_fit_into_git(shipped):
     assert set(sums) == {"model.pt", "model.json", "postprocessing.json"}
     for name, expected in sums.items():
         assert hashlib.sha256((shipped / name).read_bytes()).hexdigest() == expected
+    assert json.loads((shipped / "model.json").read_text())["sha256"] == sums["model.pt"]
     assert (shipped / "model.pt").stat().st_size < 25e6
     assert all(isinstance(t, torch.Tensor) for t in torch.load(shipped / "model.pt", weights_only=True).values())
 

@@ -32,7 +32,7 @@ def evaluated(trained, phantom_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     bundle(
         "evaluating", *overlays("train", "evaluate"), "--dataset_dir", phantom_dir, "--ckpt_dir", trained,
-        "--output_dir", folder, "--num_workers", 0,
+        "--output_dir", folder, "--num_workers", 0, "--cpu_precision", "float32",  # as training validated
     )  # fmt: skip
     return folder
 
@@ -189,7 +189,7 @@ class TestInference:
             "--output_dir", "masks", cwd=tmp_path,
         )  # fmt: skip
         written = {p.name for p in (tmp_path / "masks").iterdir()}
-        assert written == {scan.name.replace(".nii", "_seg.nii"), "report.csv"}
+        assert written == {scan.name.replace(".nii", "_seg.nii"), "report.csv", "masks.json"}
 
 
 class TestMonaiTools:

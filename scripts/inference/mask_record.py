@@ -1,0 +1,189 @@
+"""The record of what made each mask of a folder, so that a run may go on where another one stopped.
+
+`masks.json` beside the masks has of each case the weights and settings that made its mask, and digests of its scan. An
+entry is taken out before a mask is made and put in when it and its row of the report are there: what is recorded is so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.transforms import SaveImage, SaveImaged
+
+from ..data.checks import check_same_grid
+from ..data.images import Geometry, open_image, read_image
+from ..data.scans import case_of, image_files, mask_file
+from ..preprocessing.cache_key import description, digest, file_digest
+from ..utils.device import amp_kwargs
+from ..utils.errors import UserError
+from ..utils.files import remembered, write_whole
+from ..weights.model_settings import ModelSettings
+from .sliding_window import SlidingWindowInferer
+
+PARTS = {"made_by": dict, "masks": dict, "files": list}  # of the file, and of what kind their entries are
+NOT_OF_VOXELS = ("eval_classes", "fold", "patch_size", "mirror_axes")  # of the model; the last two as they are used
+SHORT = 12  # digits that tell one digest from another
+LONGEST = 100  # characters of a value in a message
+
+logger = logging.getLogger("mednext")
+
+
+def precision(device: str | torch.device, amp: bool, inferer: SlidingWindowInferer) -> str:
+    """Name the type of number in which the network computes."""
+    if torch.device(device).type == "cpu":
+        return "bfloat16" if inferer.halves() else "float32"
+    found = amp_kwargs(device).get("dtype", torch.float16) if amp else torch.float32
+    return str(found).removeprefix("torch.")
+
+
+class MaskRecord:
+    """Knows what made the masks of a folder; attached to an evaluator, it notes those that are made.
+
+    Args:
+        output_dir: folder of the masks.
+        weights: files of all networks.
+        model: the settings beside the weights.
+        settings: those of the run that decide voxels, by names for messages, as JSON has them.
+        steps: the transforms and the inferer, whose definitions decide voxels as well.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        weights: Sequence[str],
+        model: ModelSettings,
+        settings: Mapping[str, object],
+        steps: Sequence[object],
+    ) -> None:
+        self.folder, self.file = Path(output_dir), Path(output_dir) / "masks.json"
+        self.weights = weights
+        of_model = {name: value for name, value in model.as_dict().items() if name not in NOT_OF_VOXELS}
+        content = {**of_model, **settings, "steps": digest([*_described(steps)])[:SHORT]}
+        self.settings: dict[str, object] = json.loads(json.dumps(content))
+        self.made_by: dict[str, dict] = {}  # makers by their digests
+        self.masks: dict[str, dict] = {}  # of each case the digests of its maker and of the files of its scan
+        self.files: dict[str, list] = {}  # what `file_digest` remembers
+        self.pending: dict[str, list[str]] = {}  # files of the cases that are still to be made
+
+    @cached_property
+    def maker(self) -> tuple[str, dict[str, object]]:
+        """Return the digest of weights and settings, and both as messages have them; the weights are read for that."""
+        names = dict(sorted((file_digest(file, {}), file) for file in self.weights))
+        said = " and ".join(f"{file} (SHA-256 {found[:SHORT]})" for found, file in names.items())
+        return digest([list(names), self.settings])[:SHORT], {"weights": said, **self.settings}
+
+    def remaining(self, cases: Sequence[dict], skip_existing: bool) -> list[dict]:
+        """List the cases that are to be segmented: all, or those that have no whole mask of this maker and their scan.
+
+        Args:
+            cases: with "case" and "image".
+            skip_existing: leave out what is done, and say how much that is.
+
+        Raises:
+            UserError: with `skip_existing`, masks in the folder that other weights or settings made.
+        """
+        self._read()
+        left = list(cases)
+        if skip_existing:
+            self._require_same()
+            left = [case for case in cases if not self._is_done(case)]
+            again = sum((self.folder / mask_file(case["case"])).exists() for case in left)
+            said = f"; {again} masks are damaged, of another scan or not on record, and made again" if again else ""
+            done = len(cases) - len(left)
+            logger.info("%d of %d scans have masks in %s and are left out%s", done, len(cases), self.folder, said)
+        self.pending = {case["case"]: image_files(case) for case in left}
+        return left
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.forget)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.note)
+
+    def forget(self, engine: Engine) -> None:
+        """Take the masks out of the record that are about to be made, by the weights that are there now."""
+        self.made_by[self.maker[0]] = self.maker[1]  # reads the weights now, which others may replace later
+        if known := [case for case in self.pending if case in self.masks]:
+            self.masks = {case: entry for case, entry in self.masks.items() if case not in known}
+            self._write()
+
+    def note(self, engine: Engine) -> None:
+        """Record the mask that was made last."""
+        if isinstance(engine.state.output, list):  # else this scan could not be segmented
+            meta = engine.state.output[0]["pred"].meta
+            case = case_of(meta)
+            scans = self.pending.get(case, [str(meta["filename_or_obj"])])
+            self.masks[case] = {"made_by": self.maker[0], "scans": [file_digest(file, self.files) for file in scans]}
+            self._write()
+
+    def _read(self) -> None:
+        """Read the record of earlier runs; what is damaged of it is unknown."""
+        found = remembered(self.file)
+        for name, kind in PARTS.items():
+            part = found.get(name)
+            entries = part.items() if isinstance(part, dict) else ()
+            setattr(self, name, {key: entry for key, entry in entries if isinstance(entry, kind)})
+
+    def _write(self) -> None:
+        used = {self.maker[0]} | {str(entry.get("made_by")) for entry in self.masks.values()}
+        self.made_by = {maker: content for maker, content in self.made_by.items() if maker in used}
+        text = json.dumps({name: getattr(self, name) for name in PARTS}, indent=1) + "\n"
+        write_whole(self.file, lambda partial: partial.write_text(text))
+
+    def _require_same(self) -> None:
+        """Raise UserError where the folder has masks of another maker."""
+        others = {
+            case: str(entry.get("made_by"))
+            for case, entry in sorted(self.masks.items())
+            if entry.get("made_by") != self.maker[0] and (self.folder / mask_file(case)).exists()
+        }
+        if others:
+            case, made_by = next(iter(others.items()))
+            theirs, ours = _told(self.made_by.get(made_by, {}), self.maker[1])
+            more = f" and {len(others) - 1} more there" if len(others) > 1 else ""
+            raise UserError(
+                f"{self.folder / mask_file(case)}{more}: made by {theirs}; this run has {ours}. Give another"
+                " --output_dir, or the same weights and settings, or delete these masks."
+            )
+
+    def _is_done(self, case: dict) -> bool:
+        """Say whether a case has a whole mask on the grid of its scan, and the scan it was made from."""
+        entry, mask = self.masks.get(case["case"], {}), self.folder / mask_file(case["case"])
+        files = image_files(case)
+        try:
+            if entry.get("scans") != [file_digest(file, self.files) for file in files]:
+                return False
+            check_same_grid(str(mask), read_image(mask).geometry, files[0], Geometry.from_image(open_image(files[0])))
+        except (UserError, OSError):
+            return False
+        return True
+
+
+def _described(steps: Sequence[object]) -> Iterator[object]:
+    """Describe steps by class, values and code, see preprocessing/cache_key.py; those that only write are no part."""
+    for step in steps:
+        for part in getattr(step, "transforms", [step]):
+            if not isinstance(part, SaveImage | SaveImaged):
+                try:
+                    yield description(part)
+                except TypeError:  # a host's, of which its name alone can be said
+                    yield f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _told(*makers: Mapping[str, Any]) -> Iterator[str]:
+    """Say of each maker its weights, and the settings in which they differ; its steps, where they alone do."""
+    names = dict.fromkeys(name for maker in makers for name in maker if name != "weights")
+    different = [name for name in names if len({json.dumps(maker.get(name)) for maker in makers}) > 1]
+    different = [name for name in different if name != "steps"] or different
+    for maker in makers:
+        settings = ", ".join(f"{name} {_short(json.dumps(maker.get(name)))}" for name in different)
+        yield f"{maker.get('weights', 'unknown weights')}{settings and f' with {settings}'}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
