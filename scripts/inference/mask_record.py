@@ -38,7 +38,7 @@ logger = logging.getLogger("mednext")
 def precision(device: str | torch.device, amp: bool, inferer: SlidingWindowInferer) -> str:
     """Name the type of number in which the network computes."""
     if torch.device(device).type == "cpu":
-        return "bfloat16" if inferer.halves() else "float32"
+        return inferer.cpu_precision.name()
     found = amp_kwargs(device).get("dtype", torch.float16) if amp else torch.float32
     return str(found).removeprefix("torch.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import combinations, product
 
@@ -14,17 +13,12 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 
-from ..kernels.cpu import bfloat16_pays
+from ..kernels.precision import CpuPrecision
 from ..preprocessing.resampling import decide_labels, has_native_voxels, label_type
 from ..utils.errors import UserError
 
 Network = Callable[..., torch.Tensor]
 
-CPU_PRECISIONS: dict[str, Callable[[], bool]] = {
-    "auto": bfloat16_pays,
-    "float32": lambda: False,
-    "bfloat16": lambda: True,
-}
 ACTIVATIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     None: lambda logits: logits,
     "softmax": partial(torch.softmax, dim=1),
@@ -78,9 +72,7 @@ class SlidingWindowInferer(Inferer):
         if sorted(mirror_axes) != sorted(set(mirror_axes) & set(range(len(roi_size)))):
             axes = ", ".join(map(str, range(len(roi_size))))
             raise UserError(f"mirror_axes is {list(mirror_axes)}; expected some of {axes}, each once, or [] for none.")
-        if cpu_precision not in CPU_PRECISIONS:
-            raise UserError(f"cpu_precision is {cpu_precision!r}; expected one of {', '.join(CPU_PRECISIONS)}.")
-        self.halves = CPU_PRECISIONS[cpu_precision]
+        self.cpu_precision = CpuPrecision(cpu_precision)
         self.roi_size, self.overlap, self.full_precision_gb = list(roi_size), overlap, full_precision_gb
         self.activate = ACTIVATIONS[activation]
         counts = range(1, len(mirror_axes) + 1)
@@ -113,9 +105,8 @@ class SlidingWindowInferer(Inferer):
 
     def _scores(self, window: torch.Tensor, network: Network) -> torch.Tensor:
         """Compute the scores (1, classes, *roi) of a window, in its precision, whatever the network's is."""
-        flat, halved = self.roi_size[-1] == 1, window.device.type == "cpu" and self.halves()
-        with torch.autocast("cpu", torch.bfloat16) if halved else nullcontext():
-            logits = network(window[..., 0])[..., None] if flat else network(window)
+        with self.cpu_precision.autocast(window.device):
+            logits = network(window[..., 0])[..., None] if self.roi_size[-1] == 1 else network(window)
         return self.activate(logits.to(window.dtype))
 
     def _room(self, shape: Sequence[int], like: torch.Tensor, early: bool) -> torch.Tensor:

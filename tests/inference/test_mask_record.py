@@ -148,7 +148,6 @@ class Shift:
         ({"weights": ("other.pt",)}, r"model.pt \(SHA-256 [0-9a-f]{12}\); this run has .*other.pt \(SHA-256"),
         ({"weights": ("model.pt", "other.pt")}, "model.pt .*; this run has .* and "),
     ],
-    ids=str,
 )
 def test_masks_of_other_weights_or_settings_are_refused(options, said, folder):
     (folder / "other.pt").write_bytes(b"others")

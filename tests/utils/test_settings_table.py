@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from scripts import mednext
 from scripts.inference import sliding_window
+from scripts.kernels.precision import CPU_PRECISIONS
 from scripts.preprocessing import intensity
 from scripts.utils import settings_table as table
 from scripts.utils.errors import UserError
@@ -33,7 +34,7 @@ def test_names_are_those_of_the_rooms_above():
     assert table.SCHEMES == intensity.SCHEMES
     for name in sliding_window.WINDOW_SCHEMES:
         assert table.kind_of("window_scheme").of(name, "window_scheme") == name
-    for name in sliding_window.CPU_PRECISIONS:
+    for name in CPU_PRECISIONS:
         assert table.kind_of("cpu_precision").of(name, "cpu_precision") == name
     for style in table.STYLES:
         mednext.create_mednext_v1(1, 2, "S", checkpoint_style=style)

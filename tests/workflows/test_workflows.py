@@ -32,7 +32,7 @@ def evaluated(trained, phantom_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     bundle(
         "evaluating", *overlays("train", "evaluate"), "--dataset_dir", phantom_dir, "--ckpt_dir", trained,
-        "--output_dir", folder, "--num_workers", 0, "--cpu_precision", "float32",  # as training validated
+        "--output_dir", folder, "--num_workers", 0,
     )  # fmt: skip
     return folder
 
