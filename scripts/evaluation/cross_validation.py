@@ -21,8 +21,8 @@ from ..utils.files import remembered
 from ..utils.ownership import owned
 from ..utils.settings import give, prepare
 from ..utils.signals import run_child
+from ..weights.checkpoint_pair import newest
 from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
-from ..weights.resumable import newest
 from .tables import with_nan, write_tables
 
 TRAIN = "configs/train.json"

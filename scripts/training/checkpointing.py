@@ -6,11 +6,9 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
@@ -18,15 +16,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..utils import signals
 from ..utils.errors import UserError
 from ..utils.files import write_whole
-from ..utils.signals import asked, finish
+from ..weights.checkpoint_pair import NAMES, has_checkpoint, last_set_aside, newest, save_newest
 from ..weights.checkpoints import check_fits, not_finite, save_weights
 from ..weights.model_settings import settings_file
-from ..weights.resumable import NAMES, newest, set_aside
 from .optim import take_up
-from .resuming import Agreement, Rest, within_epoch
+from .stopping import Stopping
+from .within_epoch import Rest, place
+
+DIVERGED = "checkpoint_diverged.pt"  # the newest one, where no step after it was finite
 
 logger = logging.getLogger("mednext")
 
@@ -42,26 +41,17 @@ def resumes(folder: str | Path, resume: bool | str) -> bool:
     Raises:
         UserError: `resume` is True and there is no checkpoint.
     """
-    training = Path(folder) / "training"
-    found = any((training / name).is_file() for name in NAMES)
-    if resume is not True or found:
-        return bool(resume) and found
-    if (kept := set_aside(Path(folder))) is None:
+    folder = Path(folder)
+    training = folder / "training"
+    if resume is not True or has_checkpoint(training):
+        return bool(resume) and has_checkpoint(training)
+    if (kept := last_set_aside(folder)) is None:
         raise UserError(f"{training / NAMES[0]} not found; nothing to resume: start without --resume, or with auto.")
-    logger.warning("%s has no checkpoint: the run that was set aside in %s is taken back.", training, kept.parent)
-    shutil.copytree(kept, training, dirs_exist_ok=True)
+    logger.warning("%s has no checkpoint: the run that was set aside in %s is taken back.", training, kept)
+    files = [path for path in kept.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda path: path.name in NAMES):  # what says that there is a run comes last
+        write_whole(folder / file.relative_to(kept), functools.partial(shutil.copy2, file))
     return True
-
-
-def leave(trainer: Engine) -> None:
-    """End the process with the exit code of the signal that ended the run of `trainer`, if one did."""
-    state: Any = trainer.state
-    if number := getattr(state, "stopped", 0):
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        done = f"epoch {state.epoch}, iteration {state.iteration}; --resume auto goes on: ended"
-        signals.leave(number, done if first else "ended")
 
 
 class TrainingRun:
@@ -69,9 +59,9 @@ class TrainingRun:
 
     In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
     `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch, before every
-    validation, and where SIGINT or SIGTERM ends the run after a step; `checkpoint_before.pt` is the one before it. What
-    is not finite is not saved. A new run first sets aside what an earlier one left there, into `previous/`; nothing is
-    overwritten. Files appear whole or not at all.
+    validation, and where SIGINT or SIGTERM ends the run after a step; `checkpoint_before.pt` is that of the epoch
+    before. What is not finite is not saved, nor what steps that are not finite led to. A new run first sets aside what an
+    earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or not at all.
 
     Where no case is held out, or no held-out case can be scored, the last weights are kept, with a sentence.
 
@@ -113,9 +103,9 @@ class TrainingRun:
         self.best_metric, self.best_epoch = float("-inf"), 0
         self.held_out = True  # whether there are cases to validate on
         self.state: dict[str, Any] | None = None
-        self.stopped = 0  # by this signal
-        self.agreed: Callable[[], int] = asked  # see Agreement
+        self.saved = (0, 0)  # epoch and iteration of the newest checkpoint
         self.trainer: Engine | None = None
+        self.stopping = Stopping(self._save_within)
         if resume:
             found = newest(self.checkpoint.parent)
             if found is None:
@@ -126,24 +116,21 @@ class TrainingRun:
     def attach(self, engine: Engine) -> None:
         self.trainer = engine
         engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.stop_if_asked)
         loader: Any = getattr(self.evaluator, "data_loader", None)  # whose part of the cases may be empty on a process
         cases = getattr(loader, "dataset", None)
         self.held_out = cases is None or len(cases) > 0
         if self.held_out:
-            self.evaluator.add_event_handler(Events.STARTED, lambda _: self._save(engine, within_epoch(engine)))
-            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._leave_validation)
+            self.evaluator.add_event_handler(Events.STARTED, lambda _: self._save_within(engine))
             self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.save_validated)
         else:
             logger.warning("no case is held out: nothing is validated, and the last weights are kept.")
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_last)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
-        engine.add_event_handler(Events.COMPLETED, lambda _: finish(False))
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.put_diverged_away)
+        self.stopping.attach(engine, self.evaluator if self.held_out else None)
 
     def start(self, engine: SupervisedTrainer) -> None:
         """Go on from the checkpoint, or set aside what an earlier run left."""
-        self.agreed = Agreement()
-        finish()
         state, self.state = self.state, None
         if state is not None:
             self._restore(engine, state)
@@ -168,13 +155,18 @@ class TrainingRun:
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        within = f" and {state['step']} iterations" if state.get("step") else ""
+        step = state.get("step", 0)
+        self.saved = state["epoch"] + bool(step), engine.state.iteration + step
+        within = f" and {step} iterations" if step else ""
         logger.info("resuming after epoch %d%s of %d", state["epoch"], within, engine.state.max_epochs)
         if within:
             Rest(state).attach(engine)
 
     def _set_aside(self) -> None:
-        stamp = next((time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.weights) if p.exists()), None)
+        stamp = next(
+            (time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.before, self.weights) if p.exists()),
+            None,
+        )
         if stamp is None:
             return
         kept = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S", stamp)
@@ -189,28 +181,12 @@ class TrainingRun:
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
 
     def save_state(self, engine: SupervisedTrainer) -> None:
-        """Save all it takes to go on after this epoch; end where a signal came meanwhile."""
-        if self.stopped:
-            return
-        self._save(engine, {"epoch": engine.state.epoch})
-        self._stop(engine, self.agreed())
+        """Save all it takes to go on after this epoch."""
+        if not self.stopping.number:  # within its validation
+            self._save(engine, {"epoch": engine.state.epoch})
 
-    def stop_if_asked(self, engine: SupervisedTrainer) -> None:
-        """End the run after this step, with a checkpoint, where a signal came to any process."""
-        if number := self.agreed():
-            self._save(engine, within_epoch(engine))
-            self._stop(engine, number)
-
-    def _leave_validation(self, evaluator: Engine) -> None:
-        """End a validation that a signal came into: the checkpoint before it is there, and it is made again."""
-        if not dist.is_initialized() and (number := self.agreed()):
-            evaluator.terminate()
-            self._stop(self.trainer, number)
-
-    def _stop(self, engine: Engine | None, number: int) -> None:
-        if number and engine is not None:
-            self.stopped = engine.state.stopped = number  # type: ignore[attr-defined]
-            engine.terminate()
+    def _save_within(self, engine: Engine) -> None:
+        self._save(engine, place(engine))
 
     def _save(self, engine: Any, reached: dict[str, Any]) -> None:
         """Save a checkpoint, unless the last steps were not finite and more are to come.
@@ -229,13 +205,17 @@ class TrainingRun:
             "best_epoch": self.best_epoch,
             **reached,
         }
+        save_newest(self.checkpoint.parent, state, same_epoch=self.saved[0] == engine.state.epoch)
+        self.saved = engine.state.epoch, engine.state.iteration
 
-        def write(partial: Path) -> None:
-            torch.save(state, partial)
-            if self.checkpoint.exists():
-                self.checkpoint.replace(self.before)
-
-        write_whole(self.checkpoint, write)
+    def put_diverged_away(self, engine: Engine, error: Exception) -> None:
+        """Raise what ended a run; where no step after the newest checkpoint was finite, the one before it counts."""
+        state: Any = engine.state
+        steps = state.iteration - self.saved[1]
+        if self.writes and 0 < steps <= getattr(state, "not_finite", 0) and self.checkpoint.exists():
+            self.checkpoint.replace(self.checkpoint.with_name(DIVERGED))
+            logger.warning("no step after epoch %d was finite: its checkpoint is %s now", self.saved[0], DIVERGED)
+        raise error
 
     def _good(self, engine: Engine | None) -> bool:
         """Say whether the network is worth keeping: not between steps that are not finite, unless it is the last."""

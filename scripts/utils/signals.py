@@ -28,6 +28,7 @@ class _Received:
     time = 0.0
     finishing = False
     process = 0  # that listens; those that it forks, such as a loader's workers, are ended by it
+    terminated = False  # once, as a worker
 
 
 def listen() -> None:
@@ -57,6 +58,24 @@ def _receive(number: int, frame: FrameType | None) -> None:
         leave(number, "ended")
     elif not first and time.monotonic() - _Received.time > AGAIN:
         leave(number, "ended at once, at the second signal")
+
+
+def start_worker(worker: int) -> None:
+    """Begin in a loader's worker: MONAI's part, and signals, which a terminal or a queue sends to whole groups.
+
+    The process that needs the worker ends it, by a SIGTERM of its own, behind which there is a second one.
+    """
+    from monai.data.utils import worker_init_fn
+
+    worker_init_fn(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _receive_in_worker)
+
+
+def _receive_in_worker(number: int, frame: FrameType | None) -> None:
+    if _Received.terminated:
+        os._exit(0)
+    _Received.terminated = True
 
 
 def leave(number: int, how: str) -> None:

@@ -1,4 +1,4 @@
-"""Going on from the middle of an epoch, and stopping there: all processes at the same iteration, bit for bit."""
+"""The place within an epoch at which a checkpoint is written, and going on from there, bit for bit on a CPU."""
 
 from __future__ import annotations
 
@@ -8,25 +8,8 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
-from ..utils.signals import asked
 
-
-class Agreement:
-    """Lets all processes know that one of them was asked to stop, without waiting for a GPU."""
-
-    def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-    def __call__(self) -> int:
-        """Return the number of the signal that any process has received, or 0; all of them have to ask."""
-        if self.group is None:
-            return asked()
-        number = torch.tensor(asked())
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return int(number)
-
-
-def within_epoch(engine: Engine) -> dict[str, Any]:
+def place(engine: Engine) -> dict[str, Any]:
     """Return what a checkpoint within an epoch has besides the weights; all processes have to ask."""
     state: Any = engine.state
     random: list[Any] = [torch.get_rng_state()]
@@ -47,7 +30,7 @@ class Rest:
     """The rest of an epoch: its first steps' batches are drawn and dropped, so that the next is the one that is due.
 
     Args:
-        found: what `within_epoch` returned.
+        found: what `place` returned.
     """
 
     def __init__(self, found: dict[str, Any]) -> None:
