@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +27,12 @@ import numpy as np
 import torch
 
 from scripts.utils import errors
+from scripts.utils.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE: tuple[tuple[Callable[[], object], Callable[..., object]], ...] = (  # how to look at it, how to set it
     (os.getcwd, os.chdir),
+    (lambda: [signal.getsignal(n) for n in SIGNALS], lambda handlers: list(map(signal.signal, SIGNALS, handlers))),
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
     (torch.get_rng_state, torch.set_rng_state),

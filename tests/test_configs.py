@@ -219,6 +219,7 @@ class TestMetadata:
 SETTINGS = {  # a section of docs/reference/settings.md -> its configuration, and the key behind its last setting
     "configs/train.json": (["train"], "data"),
     "configs/evaluate.json": (["train", "evaluate"], "model"),
+    "configs/multi_gpu_train.json": (["train", "multi_gpu_train"], "device"),
     "configs/inference.json": (["inference"], "model"),
     "configs/plan.json": (["plan"], "initialize"),
     "configs/fetch.json": (["fetch"], "initialize"),
@@ -241,7 +242,7 @@ def test_the_page_of_settings_names_them_all_with_their_defaults(config):
     parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in names])
     page, own = documented(config), list(read(names[-1]))
     if names[-1] != "evaluate":  # an overlay sets settings of the file below it, which its section has
-        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "fine_tuning")}
+        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "+imports", "fine_tuning")}
         assert wanted <= set(page), wanted - set(page)
     for name, default in page.items():
         if name == "network_def#checkpoint_style":  # the table of sizes has its default

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..preprocessing.cache_key import description, digest, file_digest
 from ..utils.device import amp_kwargs
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
+from ..utils.ownership import alone
 from ..weights.model_settings import ModelSettings
 from .sliding_window import SlidingWindowInferer
 
@@ -107,10 +109,8 @@ class MaskRecord:
 
     def forget(self, engine: Engine) -> None:
         """Take the masks out of the record that are about to be made, by the weights that are there now."""
-        self.made_by[self.maker[0]] = self.maker[1]  # reads the weights now, which others may replace later
-        if known := [case for case in self.pending if case in self.masks]:
-            self.masks = {case: entry for case, entry in self.masks.items() if case not in known}
-            self._write()
+        with self._changed():
+            self.masks = {case: entry for case, entry in self.masks.items() if case not in self.pending}
 
     def note(self, engine: Engine) -> None:
         """Record the mask that was made last."""
@@ -118,8 +118,9 @@ class MaskRecord:
             meta = engine.state.output[0]["pred"].meta
             case = case_of(meta)
             scans = self.pending.get(case, [str(meta["filename_or_obj"])])
-            self.masks[case] = {"made_by": self.maker[0], "scans": [file_digest(file, self.files) for file in scans]}
-            self._write()
+            digests = [file_digest(file, self.files) for file in scans]
+            with self._changed():
+                self.masks[case] = {"made_by": self.maker[0], "scans": digests}
 
     def _read(self) -> None:
         """Read the record of earlier runs; what is damaged of it is unknown."""
@@ -128,6 +129,18 @@ class MaskRecord:
             part = found.get(name)
             entries = part.items() if isinstance(part, dict) else ()
             setattr(self, name, {key: entry for key, entry in entries if isinstance(entry, kind)})
+
+    @contextmanager
+    def _changed(self) -> Iterator[None]:
+        """Change the record as it is now: other processes may segment into the same folder."""
+        maker, content = self.maker  # reads the weights now, which others may replace later
+        with alone(self.file):
+            files = self.files
+            self._read()
+            self.files |= files
+            self.made_by[maker] = content
+            yield
+            self._write()
 
     def _write(self) -> None:
         used = {self.maker[0]} | {str(entry.get("made_by")) for entry in self.masks.values()}

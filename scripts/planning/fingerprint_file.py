@@ -61,18 +61,19 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
             return case, {"error": str(e)}
 
     saved = time.monotonic()
+    pool = ThreadPoolExecutor(loader_workers() + 1)
     try:
-        with ThreadPoolExecutor(loader_workers() + 1) as pool:
-            found = pool.map(attempt, pending)
-            for case, record in tqdm(found, total=len(pending), desc="reading", disable=not pending):
-                # a fault is not remembered: it may have been the disk's or the network's
-                signature = None if "error" in record else signatures[case["label"]]
-                names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
-                known[case["label"]] = names | record
-                if time.monotonic() - saved > SAVE_EVERY:
-                    _remember(known, path)
-                    saved = time.monotonic()
+        found = pool.map(attempt, pending)
+        for case, record in tqdm(found, total=len(pending), desc="reading", disable=not pending):
+            # a fault is not remembered: it may have been the disk's or the network's
+            signature = None if "error" in record else signatures[case["label"]]
+            names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
+            known[case["label"]] = names | record
+            if time.monotonic() - saved > SAVE_EVERY:
+                _remember(known, path)
+                saved = time.monotonic()
     finally:
+        pool.shutdown(cancel_futures=True)  # a command that is stopped waits for what is being read, not for all
         if pending:
             _remember(known, path)
     return [known[case["label"]] for case in cases]

@@ -25,6 +25,7 @@ logger = logging.getLogger("mednext")
 
 MM = (1.0, 1.0, 1.0)  # spacing of the grid as published
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
+CONSTANT = 1e-9  # of the mean: what rounding leaves of a standard deviation of 0
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
 
 
@@ -122,12 +123,17 @@ def single_slices(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fi
             yield _warning(record, f"is a single slice of {record['shape']} voxels; a 3D network sees one plane of it.")
 
 
-def empty_channels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """Find channels that are zero everywhere."""
+def constant_channels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find channels that are zero everywhere, or have one value wherever they are not: there is nothing to learn."""
     for record in records:
         for channel, moments in enumerate(record["channels"]):
             if moments is None:
                 yield _warning(record, f"is zero everywhere in channel {channel}; export it again.")
+            elif moments["std"] <= CONSTANT * abs(moments["mean"]):
+                value = f"{moments['mean']:.6g}"
+                yield _warning(
+                    record, f"is {value} in every voxel of channel {channel} that is not 0; export it again."
+                )
 
 
 def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
@@ -156,7 +162,7 @@ CHECKS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...]
     absent_labels,
     spacings,
     single_slices,
-    empty_channels,
+    constant_channels,
     intensities,
 )
 

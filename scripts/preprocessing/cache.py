@@ -94,17 +94,18 @@ class CachedDataset(Dataset):
         random.Random(os.getpid()).shuffle(order)
         threads, torch_threads = thread_count(self.data, self.spacing), torch.get_num_threads()
         torch.set_num_threads(1)  # the cases are what runs in parallel; and sums come out the same on every machine
+        pool = ThreadPoolExecutor(threads)
         try:
-            with ThreadPoolExecutor(threads) as pool:
-                made = tqdm(
-                    pool.map(lambda index: self._prepare_case(self.data[index], known), order),
-                    total=len(order),
-                    desc="preparing",
-                    delay=1,  # silent where there is nothing to do
-                    disable=dist.is_initialized() and dist.get_rank() > 0,
-                )
-                by_case = dict(zip(order, made, strict=True))
+            made = tqdm(
+                pool.map(lambda index: self._prepare_case(self.data[index], known), order),
+                total=len(order),
+                desc="preparing",
+                delay=1,  # silent where there is nothing to do
+                disable=dist.is_initialized() and dist.get_rank() > 0,
+            )
+            by_case = dict(zip(order, made, strict=True))
         finally:
+            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(torch_threads)
             if known != before:
                 _write_text(digests, json.dumps(remembered(digests) | known))

@@ -60,8 +60,8 @@ class TrainingRun:
     In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
     `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch, before every
     validation, and where SIGINT or SIGTERM ends the run after a step; `checkpoint_before.pt` is that of the epoch
-    before. What is not finite is not saved, nor what steps that are not finite led to. A new run first sets aside what an
-    earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or not at all.
+    before. What is not finite is not saved, nor what leads to it. A new run first sets aside what an earlier one left
+    there, into `previous/`; nothing is overwritten. Files appear whole or not at all.
 
     Where no case is held out, or no held-out case can be scored, the last weights are kept, with a sentence.
 
@@ -163,10 +163,8 @@ class TrainingRun:
             Rest(state).attach(engine)
 
     def _set_aside(self) -> None:
-        stamp = next(
-            (time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.before, self.weights) if p.exists()),
-            None,
-        )
+        files = (self.checkpoint, self.before, self.weights)
+        stamp = next((time.localtime(p.stat().st_mtime) for p in files if p.exists()), None)
         if stamp is None:
             return
         kept = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S", stamp)

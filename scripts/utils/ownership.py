@@ -43,9 +43,17 @@ def own(folder: str | Path, work: str) -> None:
         return
     path = (Path(folder) / f"{work}.lock").absolute()
     release(path)
-    file = _locked(path, work)
-    if file is None:
-        return
+    try:
+        file = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s cannot be locked (%s): start nothing else there.", path, e.strerror)
+            return
+        owner = path.read_text().strip() if path.is_file() else ""
+        raise UserError(
+            f"{path.parent} belongs to another {work} ({owner or 'of another process'}); wait for its end, or give"
+            " another folder."
+        ) from None
     file.seek(0)
     if before := file.read().strip():
         logger.warning("%s: the %s of %s has ended without a word; this one takes its place.", folder, work, before)
@@ -75,8 +83,28 @@ def release(path: Path, process: int | None = None) -> None:
         file.close()
 
 
-def _locked(path: Path, work: str) -> TextIO | None:
-    """Open and lock a file; None where the file system has no locks."""
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Let one process at a time change a file that several read, change and write again; the others wait."""
+    path, lock = file.with_name(f"{file.name}.lock"), None
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            lock = _locked(path, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            lock.close()
+
+
+def _locked(path: Path, how: int) -> TextIO:
+    """Open and lock a file.
+
+    Raises:
+        UserError: it cannot be written.
+        OSError: it cannot be locked.
+    """
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +115,10 @@ def _locked(path: Path, work: str) -> TextIO | None:
                 " another folder."
             ) from e
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            file.seek(0)
-            owner = file.read().strip()
+            fcntl.lockf(file, how)
+            if os.fstat(file.fileno()).st_nlink:  # else the owner before removed it at its end
+                return file
+        except BaseException:
             file.close()
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{path.parent} belongs to another {work} ({owner or 'of another process'}); wait for its end, or"
-                    " give another folder."
-                ) from None
-            logger.warning("%s cannot be locked (%s): start nothing else there.", path, e.strerror)
-            return None
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # the owner before removed it at its end
+            raise
+        file.close()

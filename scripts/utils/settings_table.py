@@ -267,7 +267,8 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     "resume": Kind("True, False or auto", _either(_one_of("auto"), _switch)),
     "ensemble": files,
     "seed": Kind("an integer from 0 on, below 2^63", _whole(0, 2**63 - 1)),
-    "learning_rate": positive,
+    "patience_minutes": positive,
+    "learning_rate": Kind("a finite number above 0, at most 1e30", _number(0, 1e30, above=True)),  # float32's end
     "nsd_tolerance_mm": positive,
     "memory_gb": _optional(positive),
     "overlap": Kind("a part of the window, from 0 to below 1, for example 0.5", _number(0, 1, below=True)),

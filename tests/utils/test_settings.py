@@ -162,7 +162,7 @@ NONSENSE = {
     "iterations": [0, "0"],
     "batch_size": [0, 0.5],
     "val_interval": [0, -3],
-    "learning_rate": [0, -1e-3, float("nan"), float("inf"), "fast"],
+    "learning_rate": [0, -1e-3, 1e39, float("nan"), float("inf"), "fast"],
     "num_workers": [-1, 0.5, "auto"],
     "fold": [-1, "every", 0.5, [0]],
     "seed": [-1, "random", 0.5, 2**64],
