@@ -117,7 +117,7 @@ class FiniteSteps:
         if state.not_finite >= self.patience:
             raise UserError(
                 f"the last {state.not_finite} steps, up to iteration {(step.iteration - 1) % state.epoch_length + 1} of"
-                f" epoch {step.epoch}, had a loss or gradient that is not finite; the last checkpoint before them is kept:"
+                f" epoch {step.epoch}, had a loss or gradient that is not finite; the checkpoint before them is kept:"
                 " look at the cases named above, and go on with --resume auto and a smaller --learning_rate."
             )
 

@@ -7,6 +7,7 @@ at `asked` and ends by `leave`. Any other ends where it is; files appear whole o
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -54,10 +55,10 @@ def _receive(number: int, frame: FrameType | None) -> None:
     first = not _Received.number
     if first:
         _Received.number, _Received.time = number, time.monotonic()
-    if not _Received.finishing:
-        leave(number, "ended")
-    elif not first and time.monotonic() - _Received.time > AGAIN:
-        leave(number, "ended at once, at the second signal")
+    again = not first and time.monotonic() - _Received.time > AGAIN
+    if again or not _Received.finishing:
+        logging.disable()  # that engines are left is no news
+        leave(number, "ended at once, at the second signal" if again else "ended")
 
 
 def start_worker(worker: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from scripts.utils.errors import UserError
-from scripts.utils.ownership import own, owned
+from scripts.utils.ownership import alone, own, owned
 
 HOLD = "import sys, time; from scripts.utils.ownership import own; own(sys.argv[1], 'training'); print('x', flush=True)"
 
@@ -55,3 +55,24 @@ def test_a_place_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file cannot be written to"):
         own(tmp_path / "file", "training")
+
+
+COUNT = """
+import pathlib, sys
+from scripts.utils.ownership import alone
+file = pathlib.Path(sys.argv[1])
+for _ in range(100):
+    with alone(file):
+        file.write_text(str(int(file.read_text()) + 1))
+"""
+
+
+def test_a_file_that_several_processes_change_loses_nothing(tmp_path):
+    file = tmp_path / "number"
+    file.write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", COUNT, str(file)], cwd=ROOT) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert file.read_text() == "300"
+    with pytest.raises(KeyError), alone(file):
+        raise KeyError
+    assert [*tmp_path.iterdir()] == [file]

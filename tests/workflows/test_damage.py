@@ -145,6 +145,19 @@ def test_weights_that_took_the_place_of_others_are_refused_with_both_hashes_and_
         load(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("load", LOADED.values(), ids=LOADED)
+def test_weights_that_are_not_finite_are_refused_with_the_tensor_and_what_to_do(load, value, files):
+    path = files["weights"][0]
+    state = network().state_dict()
+    state["bottleneck.0.conv1.weight"].view(-1)[3] = value
+    save_weights(state, path, {"size": "S"})
+    said = f"{path} holds NaN or infinity in bottleneck.0.conv1.weight; expected finite weights: .*--learning_rate"
+    with pytest.raises(UserError, match=said):
+        load(path)
+    assert not path.with_name("new.pt").exists()
+
+
 def test_weights_without_a_sha256_say_so_once(files, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
     path, read = files["weights without a SHA-256"]
