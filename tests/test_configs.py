@@ -121,7 +121,9 @@ def test_expressions_are_short_and_files_are_self_contained(path):
 
 
 def test_several_processes_begin_as_one_does_once_they_are_connected():
-    assert read("multi_gpu_train")["initialize"] == ["$devices.start_distributed()", *read("train")["initialize"]]
+    first, *rest = read("train")["initialize"]
+    start = "$devices.start_distributed(@patience_minutes)"
+    assert read("multi_gpu_train")["initialize"] == [first, start, *rest]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():
@@ -140,6 +142,7 @@ def test_overlays_only_touch_what_exists(names):
                 "postprocessing_file",
                 "save_predictions",
                 "nsd_tolerance_mm",
+                "patience_minutes",
                 "report",
                 "evaluating",
                 "decide",

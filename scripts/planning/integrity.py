@@ -130,10 +130,8 @@ def constant_channels(records: Sequence[dict], labels: Sequence[str]) -> Iterato
             if moments is None:
                 yield _warning(record, f"is zero everywhere in channel {channel}; export it again.")
             elif moments["std"] <= CONSTANT * abs(moments["mean"]):
-                value = f"{moments['mean']:.6g}"
-                yield _warning(
-                    record, f"is {value} in every voxel of channel {channel} that is not 0; export it again."
-                )
+                found = f"{moments['mean']:.6g} wherever it is not 0 in channel {channel}"
+                yield _warning(record, f"is {found}; export it again.")
 
 
 def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from ..utils.files import write_whole
 from ..weights.checkpoint_pair import NAMES, has_checkpoint, last_set_aside, newest, save_newest
 from ..weights.checkpoints import check_fits, not_finite, save_weights
 from ..weights.model_settings import settings_file
+from .finite import DivergedError
 from .optim import take_up
 from .stopping import Stopping
 from .within_epoch import Rest, place
@@ -210,7 +211,8 @@ class TrainingRun:
         """Raise what ended a run; where no step after the newest checkpoint was finite, the one before it counts."""
         state: Any = engine.state
         steps = state.iteration - self.saved[1]
-        if self.writes and 0 < steps <= getattr(state, "not_finite", 0) and self.checkpoint.exists():
+        led_there = isinstance(error, DivergedError) and steps <= state.not_finite
+        if led_there and self.writes and self.checkpoint.exists():
             self.checkpoint.replace(self.checkpoint.with_name(DIVERGED))
             logger.warning("no step after epoch %d was finite: its checkpoint is %s now", self.saved[0], DIVERGED)
         raise error

@@ -19,6 +19,10 @@ from ..utils.errors import UserError
 logger = logging.getLogger("mednext")
 
 
+class DivergedError(UserError):
+    """So many steps in a row were not finite that a run is ended."""
+
+
 class _Step(NamedTuple):
     """The numbers of a step, on their way from the device."""
 
@@ -115,7 +119,7 @@ class FiniteSteps:
                 "gradient" if math.isfinite(loss) else "loss", ", ".join(step.cases) or "unknown",
             )  # fmt: skip
         if state.not_finite >= self.patience:
-            raise UserError(
+            raise DivergedError(
                 f"the last {state.not_finite} steps, up to iteration {(step.iteration - 1) % state.epoch_length + 1} of"
                 f" epoch {step.epoch}, had a loss or gradient that is not finite; the checkpoint before them is kept:"
                 " look at the cases named above, and go on with --resume auto and a smaller --learning_rate."
