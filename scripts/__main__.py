@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import logging.config
 import sys
+from pathlib import Path
 
 from .utils.errors import run_command
 
+LOGGING = Path(__file__).parents[1] / "configs/logging.conf"
+
 COMMANDS = {  # name -> module, function, what it does
     "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
+    "score_masks": ("evaluation.mask_scores", "score_masks", "score a folder of masks by a folder of references"),
+    "compare_scores": ("evaluation.comparison", "compare_scores", "compare two evaluations, case by case"),
     "convert_weights": (
         "weights.convert",
         "convert_weights",
@@ -39,6 +45,8 @@ def main() -> None:
         if not (e.name or "").startswith(f"{__package__}."):
             raise
         sys.exit(f"error: {name} needs the whole bundle; clone it and run the command there.")
+    if LOGGING.is_file():  # the wheel has none
+        logging.config.fileConfig(LOGGING, disable_existing_loggers=False)
     sys.argv = [f"{__package__} {name}", *sys.argv[2:]]
     run_command(getattr(found, function))
 

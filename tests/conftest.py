@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ if not torch.cuda.is_available():
 from command_line import ROOT, run_module, run_process
 
 from scripts.data.phantom import phantom
+
+# MONAI's LoadImage sets up every reader where pydicom is installed, and says each time what that one lacks
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel("ERROR")
 
 SHARED = ROOT.parent / "shared" / "data"
 TRAIN = "configs/train.json"

@@ -29,6 +29,7 @@ from ..kernels.cpu_mlp import linear
 from ..mednext import KERNEL_SIZES, create_mednext_v1
 from ..utils.device import set_cpu_defaults
 from ..utils.errors import UserError
+from .runtimes import PACKAGES, Compiling, installed, onnxruntime, openvino
 
 TURN = 3.0  # seconds that a task is repeated for, at least
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,16 @@ class Contender(NamedTuple):
     channels_last: bool = False
     bfloat16: bool = False  # autocast
     keeps_memory: bool = False  # that was freed, as `set_cpu_defaults` tells the allocator and the commands do
+    trains: bool = True  # else it takes part in forward passes alone
+
+    def takes(self, task: Task) -> bool:
+        """Tell whether it can do a task."""
+        return self.trains or not task.trains
+
+    def is_here(self, original: str | None) -> bool:
+        """Tell whether its packages are installed, or the checkout of the original is named."""
+        runtime = self.builder.split()[0]
+        return installed(runtime) if runtime in PACKAGES else self.builder != "original" or original is not None
 
 
 CONTENDERS = [
@@ -65,6 +76,9 @@ CONTENDERS = [
     Contender("original, bfloat16, memory kept", "original", bfloat16=True, keeps_memory=True),
     Contender("MONAI", "monai"),
     Contender("MONAI, memory kept", "monai", keeps_memory=True),
+    Contender("ONNX Runtime", "onnxruntime", trains=False),
+    Contender("OpenVINO", "openvino", trains=False),
+    Contender("OpenVINO, bfloat16", "openvino bfloat16", bfloat16=True, trains=False),
     Contender("ours, reference, memory kept", "reference", keeps_memory=True),
     Contender("ours, memory not kept", "ours"),
     Contender("ours", "ours", keeps_memory=True),
@@ -104,6 +118,9 @@ BUILDERS: dict[str, Builder] = {
     "reference": _with("reference"),
     "ours": _with("auto"),
     "triton": _with("triton"),
+    "onnxruntime": lambda *options: Compiling(_with("reference")(*options), onnxruntime),
+    "openvino": lambda *options: Compiling(_with("reference")(*options), openvino("f32")),
+    "openvino bfloat16": lambda *options: Compiling(_with("reference")(*options), openvino("bf16")),
 }
 
 
@@ -312,13 +329,13 @@ def _table(
 def _measured(
     size: str, kernel_size: int, tasks: Sequence[str], rounds: int, original: str | None
 ) -> dict[Contender, dict[str, list[tuple[float, int]]]]:
-    taking_part = [c for c in CONTENDERS if c.builder != "original" or original is not None]
+    taking_part = [c for c in CONTENDERS if c.is_here(original)]
     workers = {c: _Worker(c, size, kernel_size, tasks, original) for c in taking_part}
     found: dict = {c: {name: [] for name in tasks} for c in taking_part}
     try:
         for name in tasks:
             for number in range(rounds + 1):
-                for contender, worker in workers.items():
+                for contender, worker in ((c, w) for c, w in workers.items() if c.takes(TASKS[name])):
                     run = worker.run(name)
                     if number:
                         found[contender][name].append(run)

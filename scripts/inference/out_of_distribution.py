@@ -78,7 +78,7 @@ class MeasureScand(MapTransform):
     """Keeps the measures of a scan (channels, X, Y, Z) in its metadata, as "measured".
 
     Args:
-        keys: images on their stored voxels in RAS order.
+        keys: images on their stored voxels in RAS order, cropped if the network gets them so.
     """
 
     def __call__(self, data: dict) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImaged
+from monai.transforms import LoadImaged, MapTransform
 from monai.utils import ensure_tuple
 
 from ..data.checks import check_image, check_same_grid
@@ -29,7 +29,7 @@ class LoadScand(LoadImaged):
     """
 
     def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys, reader="NibabelReader", ensure_channel_first=True)
+        MapTransform.__init__(self, keys)  # and not LoadImaged's, which sets up every reader that is installed
 
     def __call__(self, data: Mapping, reader: object = None) -> dict:
         """Load the files of each key.

@@ -37,3 +37,11 @@ def test_a_case_that_cannot_be_read_has_no_part_in_them(data, records):
     cases = [*data.cases, {"case": "none", "image": "none.nii", "label": "none.nii"}]
     expected = learn_training_ranges(records, data.cases, data.labels.values)
     assert learn_training_ranges(bad, cases, data.labels.values) == expected
+
+
+def test_extents_are_those_of_what_the_network_gets(data, records):
+    padded = [{**record, "shape": [n + 40 for n in record["shape"]]} for record in records]
+    assert [record["cropped"] for record in records] == [record["shape"] for record in records]
+    expected = learn_training_ranges(records, data.cases, data.labels.values)
+    assert learn_training_ranges(padded, data.cases, data.labels.values, crop_to_nonzero=True) == expected
+    assert learn_training_ranges(padded, data.cases, data.labels.values) != expected

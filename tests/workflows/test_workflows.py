@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import COARSE, GRIDS, ROOT, TINY, bundle, grid, overlays, save, world
+from conftest import COARSE, GRIDS, ROOT, TINY, bundle, grid, overlays, python_m, save, world
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data.datasets import Dataset
@@ -35,6 +35,19 @@ def evaluated(trained, phantom_dir, tmp_path_factory) -> Path:
         "--output_dir", folder, "--num_workers", 0,
     )  # fmt: skip
     return folder
+
+
+def test_masks_that_were_scored_by_a_training_have_the_same_scores_by_themselves(evaluated, phantom_dir, tmp_path):
+    for mask in (evaluated / "predictions").glob("*_seg.nii.gz"):
+        shutil.copy(phantom_dir / "labelsTr" / f"{mask.name.removesuffix('_seg.nii.gz')}.nii.gz", tmp_path)
+    python_m(
+        "scripts", "score_masks", "--masks", evaluated / "predictions", "--references", tmp_path,
+        "--dataset", phantom_dir, "--output_dir", tmp_path / "scores",
+    )  # fmt: skip
+    for one, other in zip(rows(tmp_path / "scores/cases.csv"), rows(evaluated / "cases.csv"), strict=True):
+        assert [one.pop(name) for name in ("case", "label")] == [other.pop(name) for name in ("case", "label")]
+        exact = {name: float(value) for name, value in other.items()}  # spacings are rounded to a header's digits
+        assert {name: float(value) for name, value in one.items()} == pytest.approx(exact, rel=1e-5, nan_ok=True)
 
 
 @pytest.fixture(scope="module")
