@@ -18,7 +18,7 @@ from ..data.folds import SPLITS, Fold
 from ..data.scans import mask_file
 from ..utils.errors import UserError
 from ..utils.files import remembered
-from ..utils.ownership import owned
+from ..utils.ownership import alone, owned
 from ..utils.settings import give, prepare
 from ..utils.signals import run_child
 from ..weights.checkpoint_pair import newest
@@ -80,7 +80,7 @@ def cross_validate(
         print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
         return
     common = {"dataset_dir": dataset_dir, "ckpt_dir": ckpt_dir, "output_dir": output_dir, **values}
-    with owned(output_dir, "pooling"):
+    with alone(Path(output_dir, "summary.json")):  # two that end at once both see that all are there
         _run("pooling", [*files, _found("configs/pool.json")], common)
         for fold in existing:
             shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
@@ -94,12 +94,10 @@ def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
 def _run_fold(fold: int, files: Sequence[str], config: ConfigParser, values: Mapping[str, Any]) -> None:
     """Train and score a fold, as far as that is still to be done."""
     weights, scores = values["ckpt_dir"], values["output_dir"]
-    trained = _epochs_done(weights)
     _check_same(weights, config)
-    if trained < config["epochs"]:
+    if _epochs_done(weights) < config["epochs"]:
         print(f"fold {fold}: training", flush=True)
-        resume = {"resume": "auto"} if trained else {}
-        _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, **resume})
+        _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, "resume": "auto"})
     if not (_scores(scores) and _newer(f"{scores}/summary.json", f"{weights}/model.pt")):
         print(f"fold {fold}: scoring", flush=True)
         _run("evaluating", [*files, _found("configs/evaluate.json")], values)

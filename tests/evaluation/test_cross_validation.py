@@ -105,7 +105,7 @@ def test_every_fold_gets_its_number_and_folders_of_its_own(started, phantom_dir,
         assert value(command, "seed") == f"7{fold}"
         assert ("--fold" in command) == ("training" in command)  # scoring takes it from the weights
         assert "--fold" not in command or value(command, "fold") == str(fold)
-        assert "--resume" not in command
+        assert "training" not in command or value(command, "resume") == "auto"
     assert "folds 0, 1, 2, 3, 4 are still to be run" in capsys.readouterr().out
 
 
