@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import REFERENCE, choose_kernels
+from .kernels import REFERENCE, choose_kernels, every_second
 from .kernels.backend import Backend, Weights
 from .kernels.reference import grn
 
@@ -150,14 +150,14 @@ class _Block(nn.Module):
         if isinstance(shortcut, Conv) and self.upsamples:  # adds its bias everywhere, products to every second voxel
             weights = weights._replace(b2=weights.b2 + _bias(shortcut))
         elif isinstance(shortcut, Conv):
-            residual = backend.pointwise(x[_every_second(x, 0)], _matrix(shortcut), shortcut.bias)
+            residual = backend.pointwise(every_second.take(x), _matrix(shortcut), shortcut.bias)
         elif self.do_res:
             residual = x
         y = backend.mlp(y, weights, self.norm.eps, self.grn_over_sum, residual, moments)
         if self.upsamples:
             y = F.pad(y, [1, 0] * (x.dim() - 2))
             if isinstance(shortcut, Conv):
-                y[_every_second(y, 1)] += backend.pointwise(x, _matrix(shortcut))
+                y = every_second.add(y, backend.pointwise(x, _matrix(shortcut)))
         return y
 
     def weights(self) -> Weights:
@@ -323,7 +323,3 @@ def _matrix(conv: Conv) -> torch.Tensor:
 def _bias(conv: Conv) -> torch.Tensor:
     assert conv.bias is not None  # blocks have one everywhere
     return conv.bias
-
-
-def _every_second(x: torch.Tensor, first: int) -> tuple[slice, ...]:
-    return (slice(None), slice(None), *[slice(first, None, 2)] * (x.dim() - 2))

@@ -26,6 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from scripts.kernels.precision import bfloat16_pays
 from scripts.utils import errors
 from scripts.utils.signals import SIGNALS
 
@@ -67,6 +68,7 @@ def run_module(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.
         if module == "monai.bundle":  # importing the bundle does this where MONAI's command line is the main module
             sys.excepthook = errors._print_user_error
         os.chdir(cwd)
+        bfloat16_pays.cache_clear()  # says once a process what it decides
         for seed in (torch.seed, random.seed, np.random.seed):  # a new process begins with numbers of its own
             seed()
         code = exit_code(module)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Task(NamedTuple):
-    """A training step or a forward pass that is timed, with one input channel and three classes."""
+    """Describes a training step or a forward pass that is timed, with one input channel and three classes."""
 
     trains: bool
     shape: tuple[int, ...]  # N, C, D, H, W
@@ -50,7 +50,7 @@ TASKS = {
 
 
 class Contender(NamedTuple):
-    """An implementation, with the memory format, precision and allocator it runs with."""
+    """Names an implementation, with the memory format, precision and allocator it runs with."""
 
     label: str
     builder: str  # a key of BUILDERS
@@ -176,7 +176,7 @@ def _peak() -> int:
 
 
 class _Worker:
-    """A process in which one implementation runs what it is told to."""
+    """Runs what it is told to of one implementation, in a process of its own."""
 
     def __init__(self, *job: object) -> None:
         code = "import json, sys; from scripts.benchmarks.cpu import Contender, serve; "

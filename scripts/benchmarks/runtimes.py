@@ -30,13 +30,14 @@ class Compiling(nn.Module):
 
     def __init__(self, network: nn.Module, compiler: Callable[[nn.Module, torch.Tensor], Compiled]) -> None:
         super().__init__()
-        self.network, self.compiler = network.eval(), compiler
+        self.network, self.compiler = network.eval().requires_grad_(False), compiler
         self.compiled: dict[torch.Size, Compiled] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the logits of images."""
         if x.shape not in self.compiled:
-            self.compiled[x.shape] = self.compiler(self.network, x)
+            with torch.autocast("cpu", enabled=False):  # which they cannot convert
+                self.compiled[x.shape] = self.compiler(self.network, x)
         return self.compiled[x.shape](x)
 
 

@@ -241,6 +241,12 @@ def three_axes(voxels: np.ndarray) -> np.ndarray:
     return voxels.reshape((*voxels.shape, 1, 1)[:3], order="F") if voxels.ndim < 3 else voxels
 
 
+def first_channel(image: nib.Nifti1Image) -> np.ndarray:
+    """Read the values (X, Y, Z) of a file as float32, of several channels the first: what pictures show."""
+    voxels = three_axes(np.asanyarray(image.dataobj, dtype=np.float32))
+    return voxels[..., 0] if voxels.ndim == 4 else voxels
+
+
 def _require_spacing(path: str | Path, image: nib.Nifti1Image) -> None:
     """Raise UserError unless the stored voxel spacing and the affine span a volume.
 

@@ -30,7 +30,7 @@ def list_scans(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     images = sorted(path for path in folder.iterdir() if path.name.lower().endswith((*ENDINGS, *OTHER_ENDINGS)))
-    candidates = [path for path in images if _is_scan(path)]
+    candidates = [path for path in images if is_nifti(path)]
     cases = {name for path in candidates for name in (stem(path), CHANNEL.sub("", stem(path)))}
     masks = {f"{case}{MASK}" for case in cases}
     scans = [path for path in candidates if stem(path) not in masks]
@@ -39,7 +39,8 @@ def list_scans(folder: Path) -> list[Path]:
     return scans
 
 
-def _is_scan(path: Path) -> bool:
+def is_nifti(path: Path) -> bool:
+    """Tell whether a path is a file, not hidden, that ends as NIfTI files do."""
     return path.is_file() and path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
 
 
@@ -85,7 +86,7 @@ def _files_of_one(path: Path, channels: int) -> list[Path]:
     if channels == 1:
         return [path]
     own = case_id(path, channels)  # one channel stands for its case
-    return [p for p in path.parent.iterdir() if _is_scan(p) and case_id(p, channels) == own]
+    return [p for p in path.parent.iterdir() if is_nifti(p) and case_id(p, channels) == own]
 
 
 def _files_in(path: Path) -> list[Path]:

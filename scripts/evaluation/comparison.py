@@ -17,7 +17,6 @@ from .tables import METRICS
 
 SEED, RESAMPLES, CONFIDENCE = 0, 9999, 0.95
 Table = dict[tuple[str, str], dict[str, float]]  # (case, class) -> score -> value
-TITLES = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
 
 
 def compare_scores(one: str, other: str, output_dir: str = "comparison") -> None:
@@ -116,7 +115,7 @@ def _figure(drawn: dict[str, np.ndarray], one: str, other: str) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, len(drawn))
     for (metric, difference), axis in zip(drawn.items(), axes, strict=True):
-        _draw(axis, np.sort(difference[np.isfinite(difference)]), TITLES[metric])
+        _draw(axis, np.sort(difference[np.isfinite(difference)]), METRICS[metric])
     figure.suptitle(f"{_short(other)} minus {_short(one)}, a bar a case, sorted", fontsize=10)
     return figure
 
@@ -139,7 +138,7 @@ def _say(rows: list[dict[str, Any]], one: str, other: str, folder: Path, unpaire
     print(f"one is {one}, other {other}")
     for row in rows:
         print(
-            f"{row['label']:20} {TITLES[row['score']]:10} {row['one']:9.4f} -> {row['other']:9.4f}"
+            f"{row['label']:20} {METRICS[row['score']]:10} {row['one']:9.4f} -> {row['other']:9.4f}"
             f"  {row['difference']:+.4f} [{row['interval_low']:+.4f}, {row['interval_high']:+.4f}]"
             f"  p {row['wilcoxon_p']:.2g}  {row['cases']} cases, {row['left_out']} left out"
         )

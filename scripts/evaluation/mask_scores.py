@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..data.checks import check_same_grid, label_indices
 from ..data.images import ENDINGS, StoredImage, read_image
 from ..data.labels import Labels
-from ..data.scans import MASK, stem
+from ..data.scans import MASK, is_nifti, stem
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from .metrics import score_case
@@ -69,7 +69,7 @@ def _by_case(folder: str) -> dict[str, Path]:
         raise UserError(f"{folder} does not exist or is no folder; give a folder of {' or '.join(ENDINGS)} files.")
     found: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
-        if file.name.lower().endswith(ENDINGS) and not file.name.startswith("."):
+        if is_nifti(file):
             case = stem(file).removesuffix(MASK)
             if case in found:
                 raise UserError(f"{found[case]} and {file} are both of case {case}; move one of them away.")

@@ -27,13 +27,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from ..data.images import open_image, three_axes
+from ..data.images import first_channel, open_image
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, sha256, write_whole
 from ..weights import model_settings
+from .tables import METRICS
 
-METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
 DECIMALS = {"dice": 3, "nsd": 3, "hd95_mm": 2}
 VIEW = "LAS"  # the first voxel is the patient's right, rear, lowest: radiological once rows run from top to bottom
 PLANES = ("sagittal", "coronal", "axial")  # across x, y, z
@@ -268,7 +268,6 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
     """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
     image = open_image(path)
-    voxels = three_axes(np.asanyarray(image.dataobj, dtype=np.float32))
-    voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
+    voxels = first_channel(image)
     turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(VIEW))
     return apply_orientation(voxels, turn), [image.header.get_zooms()[axis] for axis in np.argsort(turn[:, 0])]

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..utils.files import write_table
 
-METRICS = ("dice", "nsd", "hd95_mm")
+METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}  # columns of the tables -> what a person reads
 
 logger = logging.getLogger("mednext")
 

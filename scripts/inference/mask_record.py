@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from monai.transforms import SaveImage, SaveImaged
 
@@ -22,12 +21,10 @@ from ..data.checks import check_same_grid
 from ..data.images import Geometry, open_image, read_image
 from ..data.scans import case_of, image_files, mask_file
 from ..preprocessing.cache_key import description, digest, file_digest
-from ..utils.device import amp_kwargs
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_whole
 from ..utils.ownership import alone
 from ..weights.model_settings import ModelSettings
-from .sliding_window import SlidingWindowInferer
 
 PARTS = {"made_by": dict, "masks": dict, "files": list}  # of the file, and of what kind their entries are
 NOT_OF_VOXELS = ("eval_classes", "fold", "patch_size", "mirror_axes")  # of the model; the last two as they are used
@@ -35,14 +32,6 @@ SHORT = 12  # digits that tell one digest from another
 LONGEST = 100  # characters of a value in a message
 
 logger = logging.getLogger("mednext")
-
-
-def precision(device: str | torch.device, amp: bool, inferer: SlidingWindowInferer) -> str:
-    """Name the type of number in which the network computes."""
-    if torch.device(device).type == "cpu":
-        return inferer.cpu_precision.name()
-    found = amp_kwargs(device).get("dtype", torch.float16) if amp else torch.float32
-    return str(found).removeprefix("torch.")
 
 
 class MaskRecord:

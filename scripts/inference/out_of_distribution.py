@@ -29,6 +29,7 @@ CONTRAST_MARGIN = 0.5  # how far beyond the range of training contrast may be, i
 
 ROUNDING = 1e-12  # of the mean square, in double precision: less is no variance
 
+PRECISION = "precision"  # column of the report
 UNLIKE = "unlike the training cases"  # column of the report, entry of a mask's metadata
 
 logger = logging.getLogger("mednext")
@@ -149,15 +150,17 @@ def warn_if_unlike(scan: str, unlike: Sequence[str]) -> None:
 class InferenceReport:
     """Writes `report.csv` into the output folder: the measures of every case, and what is unlike the training cases.
 
-    What is unlike is also said when all scans are done. Rows of cases that were segmented into the folder before stay.
+    It says of each mask in which precision the network computed it. What is unlike is also said when all scans are
+    done. Rows of cases that were segmented into the folder before stay.
 
     Args:
         output_dir: folder for the report.
         channels: of a case, by which its id is read from rows of 0.6, which have the name of its first file alone.
+        precision: of the network, such as "bfloat16".
     """
 
-    def __init__(self, output_dir: str, channels: int = 1) -> None:
-        self.file, self.channels = Path(output_dir) / "report.csv", channels
+    def __init__(self, output_dir: str, channels: int = 1, precision: str = "") -> None:
+        self.file, self.channels, self.precision = Path(output_dir) / "report.csv", channels, precision
         self.rows: dict[str, dict[str, object]] = {}
         self.unlike: dict[str, list[str]] = {}
 
@@ -187,12 +190,13 @@ class InferenceReport:
             meta = engine.state.output[0]["pred"].meta
             case, scan = case_of(meta), str(meta["filename_or_obj"])
             measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
+            made = {PRECISION: self.precision, UNLIKE: "; ".join(meta[UNLIKE])}
             self.unlike[scan] = meta[UNLIKE]
             with alone(self.file):
                 self.read_earlier(engine)
-                self.rows[case] = {"case": case, "scan": scan, **measured, UNLIKE: "; ".join(meta[UNLIKE])}
-                columns = dict.fromkeys(name for row in self.rows.values() for name in row if name != UNLIKE)
-                write_table(self.file, [*columns, UNLIKE], self.rows.values())
+                self.rows[case] = {"case": case, "scan": scan, **measured, **made}
+                columns = dict.fromkeys(name for row in self.rows.values() for name in row if name not in made)
+                write_table(self.file, [*columns, *made], self.rows.values())
 
     def warn(self, engine: Engine) -> None:
         """Warn of each scan of this run that is unlike the training cases."""

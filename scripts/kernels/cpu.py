@@ -10,9 +10,6 @@ products are bfloat16; weights stay as they are and get their gradients in their
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils.files import write_whole
 from . import mlp, native
 from .backend import Moments, Weights, channels_last, foreign, plain
 from .cpu_mlp import CpuRows
@@ -176,36 +172,3 @@ class _Mlp(torch.autograd.Function):
         rows = _rows(y, Weights(*weights), trains=True)
         dy, grads = mlp.backward(rows, g, y, Weights(*weights), ctx.over_sum, kept)
         return dy, None, None, None, g if ctx.has_residual else None, *grads
-
-
-@functools.cache
-def bfloat16_pays() -> bool:
-    """Tell whether this processor is faster in bfloat16: measured once and remembered, so that results stay the same.
-
-    Processors with AVX512-BF16 or AMX are; others emulate it.
-    """
-    try:
-        key = hashlib.sha256(native.processor() + torch.__version__.encode()).hexdigest()[:16]
-        file = native.cache() / f"bfloat16-{key}"
-    except OSError:
-        return _measure_bfloat16()
-    if not file.exists():
-        measured = str(_measure_bfloat16())
-        write_whole(file, lambda partial: partial.write_text(measured))
-    return file.read_text() == "True"
-
-
-def _measure_bfloat16() -> bool:
-    """Time blocks of 32 channels at 64^3, best of five each: whether bfloat16 takes at most 0.9 of float32's time."""
-    cpu, fastest = Cpu(), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, row = torch.ones(1, 32, 64, 64, 64, dtype=dtype), torch.ones(32)
-        square = torch.ones(64, 32)
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            y, _ = cpu.depthwise(x, torch.ones(32, 1, 3, 3, 3), row)
-            cpu.mlp(y, Weights(row, row, square, torch.ones(64), square.t(), row), 1e-5, residual=x)
-            seconds.append(time.perf_counter() - start)
-        fastest[dtype] = min(seconds)
-    return fastest[torch.bfloat16] < 0.9 * fastest[torch.float32]

@@ -87,66 +87,68 @@ void transposed(const typename T::Stored *x, const typename T::Number *weight, c
     }
 }
 
+// Sixteen channels of a row of voxels side by side, behind and before P voxels of zeros; without `from` all are zeros.
+template <typename T, int64_t P>
+void pack(typename T::Number *to, const typename T::Stored *from, int64_t width, int64_t channels) {
+    typedef typename T::Vector Vector;
+    for (int64_t v = -P; v < width + P; v++)
+        write(to + (v + P) * LANES, from && v >= 0 && v < width ? T::load(from + v * channels) : Vector{});
+}
+
 // sums[thread][tap][channel] = sum over coarse voxels of coarse * the fine voxel that it sees through the tap
 template <typename T, int K, int STRIDE>
 void correlate(const typename T::Stored *fine, const typename T::Stored *coarse, double *sums, const Shape &s) {
     typedef typename T::Number Number;
     typedef typename T::Vector Vector;
     constexpr int64_t P = K / 2;
-    constexpr int GROUP = K <= 5 ? K : 1; // rows of taps summed in registers at the same time
-    const int64_t C = s.channels, taps = s.kernel[0] * K * K, width = s.coarse[2];
-    const auto clip = [](int64_t v, int64_t most) { return v < 0 ? 0 : v > most ? most : v; };
-    // coarse voxels of a row whose taps all lie inside
-    const int64_t low = clip((P + STRIDE - 1) / STRIDE, width);
-    const int64_t beyond = s.fine[2] - (K - 1 - P);
-    const int64_t high = low + clip((beyond > 0 ? (beyond - 1) / STRIDE + 1 : 0) - low, width - low);
+    constexpr int GROUP = K <= 3 ? K : 1; // rows of taps summed in registers at the same time
+    const int64_t C = s.channels, taps = s.kernel[0] * K * K, length = (s.fine[2] + 2 * P) * LANES;
 #pragma omp parallel
     {
         double *own = sums + omp_get_thread_num() * taps * C;
         Number *plane = new Number[taps * C];
+        Number *memory = new Number[K * length + LANES]; // for the K rows that a coarse row sees, row y in y % K
+        Number *rows = memory + (LANES - reinterpret_cast<uintptr_t>(memory) / sizeof(Number) % LANES) % LANES;
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < s.n * s.coarse[0]; index++) {
             const int64_t cz = index % s.coarse[0], n = index / s.coarse[0];
             std::memset(plane, 0, taps * C * sizeof *plane);
-            for (int64_t cy = 0; cy < s.coarse[1]; cy++)
-                for (int64_t tz = 0; tz < s.kernel[0]; tz++) {
-                    const int64_t fz = cz * s.stride[0] + tz - s.kernel[0] / 2;
-                    if (fz < 0 || fz >= s.fine[0]) continue;
-                    for (int64_t first = 0; first < K; first += GROUP)
-                        for (int64_t c = 0; c < C; c += LANES) {
-                            const typename T::Stored *from = coarse + (index * s.coarse[1] + cy) * width * C + c;
-                            const typename T::Stored *rows[GROUP];
-                            bool inside[GROUP];
-                            for (int r = 0; r < GROUP; r++) { // a row outside reads one inside; its sum is thrown away
-                                const int64_t fy = cy * STRIDE + first + r - P, safe = clip(fy, s.fine[1] - 1);
-                                inside[r] = fy == safe;
-                                rows[r] = fine + ((n * s.fine[0] + fz) * s.fine[1] + safe) * s.fine[2] * C + c;
-                            }
+            for (int64_t tz = 0; tz < s.kernel[0]; tz++) {
+                const int64_t fz = cz * s.stride[0] + tz - s.kernel[0] / 2;
+                if (fz < 0 || fz >= s.fine[0]) continue;
+                for (int64_t c = 0; c < C; c += LANES) {
+                    int64_t next = 0; // row that is packed next, counted from the P rows of zeros before the first
+                    for (int64_t cy = 0; cy < s.coarse[1]; cy++) {
+                        for (; next < cy * STRIDE + K; next++) {
+                            const int64_t fy = next - P;
+                            const bool inside = fy >= 0 && fy < s.fine[1];
+                            const int64_t row = (n * s.fine[0] + fz) * s.fine[1] + fy;
+                            pack<T, P>(rows + next % K * length, inside ? fine + row * s.fine[2] * C + c : nullptr,
+                                       s.fine[2], C);
+                        }
+                        const typename T::Stored *from = coarse + (index * s.coarse[1] + cy) * s.coarse[2] * C + c;
+                        for (int64_t first = 0; first < K; first += GROUP) {
+                            const Number *seen[GROUP];
+                            for (int r = 0; r < GROUP; r++) seen[r] = rows + (cy * STRIDE + first + r) % K * length;
                             Vector acc[GROUP][K] = {};
-                            for (int64_t v = low; v < high; v++) {
+                            for (int64_t v = 0; v < s.coarse[2]; v++) {
                                 const Vector value = T::load(from + v * C);
                                 for (int r = 0; r < GROUP; r++)
                                     for (int t = 0; t < K; t++)
-                                        acc[r][t] += value * T::load(rows[r] + (v * STRIDE + t - P) * C);
-                            }
-                            for (int64_t v = 0; v < width; v++) {
-                                if (v >= low && v < high) v = high; // summed above
-                                for (int t = 0; t < K && v < width; t++) {
-                                    const int64_t fx = v * STRIDE + t - P;
-                                    if (fx < 0 || fx >= s.fine[2]) continue;
-                                    for (int r = 0; r < GROUP; r++)
-                                        acc[r][t] += T::load(from + v * C) * T::load(rows[r] + fx * C);
-                                }
+                                        acc[r][t] += value * read<Vector>(seen[r] + (v * STRIDE + t) * LANES);
                             }
                             for (int r = 0; r < GROUP; r++)
-                                for (int t = 0; t < K && inside[r]; t++) {
+                                for (int t = 0; t < K; t++) {
                                     Number *sum = plane + ((tz * K + first + r) * K + t) * C + c;
                                     write(sum, read<Vector>(sum) + acc[r][t]);
                                 }
                         }
+                    }
                 }
+            }
             for (int64_t i = 0; i < taps * C; i++) own[i] += plane[i];
         }
+        delete[] memory;
         delete[] plane;
     }
 }

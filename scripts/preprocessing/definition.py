@@ -76,18 +76,24 @@ def _parts(name: str, value: object) -> Iterator[tuple[str, object]]:
     yield from ((f"{name}[{place}]", part) for place, part in enumerate(parts))
 
 
-def _read(thing: Definable) -> tuple[object, set[str], set[str]]:
+def _read(thing: Definable) -> tuple[object, frozenset[str], frozenset[str]]:
     """Read a class or function: its normal form, the names in it, and the attributes that are taken of something."""
     try:
-        if thing.__name__ == "<lambda>":  # its source is all of the line that it stands in
-            raise OSError
-        tree = _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+        return _read_source(thing)
     except (OSError, TypeError, SyntaxError):
         codes = [function.__code__ for function in _functions(thing)]
-        names = {name for code in _nested(codes) for name in code.co_names}
+        names = frozenset(name for code in _nested(codes) for name in code.co_names)
         return codes, names, names
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+@functools.cache
+def _read_source(thing: Definable) -> tuple[str, frozenset[str], frozenset[str]]:
+    """Read what has a source of its own; many transforms name the same helpers."""
+    if thing.__name__ == "<lambda>":  # its source is all of the line that it stands in
+        raise OSError
+    tree = _Bare().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+    names = frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    attributes = frozenset(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     return ast.unparse(tree), names, attributes
 
 
@@ -102,7 +108,7 @@ def _nested(codes: list[types.CodeType]) -> Iterator[types.CodeType]:
         yield from _nested([constant for constant in code.co_consts if isinstance(constant, types.CodeType)])
 
 
-def _named(thing: Definable, names: set[str], attributes: set[str]) -> Iterator[tuple[str, object]]:
+def _named(thing: Definable, names: frozenset[str], attributes: frozenset[str]) -> Iterator[tuple[str, object]]:
     """Look names up where a class or function was defined; of a module of ours, the attributes that may be meant."""
     functions = _functions(thing)
     scope: Mapping[str, Any] = {}

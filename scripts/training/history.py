@@ -15,7 +15,7 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.images import open_image, three_axes
+from ..data.images import first_channel, open_image
 from ..data.visualization import draw_overlay
 from ..utils.files import write_whole
 from .log_figure import draw_log
@@ -196,6 +196,6 @@ class ValidationReport:
     def _picture(self, file: str, label: np.ndarray, pred: np.ndarray) -> np.ndarray:
         """Draw label and prediction over the scan as it is stored, of several channels the first."""
         scan = open_image(file)
-        voxels = three_axes(np.asanyarray(scan.dataobj, dtype=np.float32))
-        voxels = voxels[..., 0] if voxels.ndim == 4 else voxels
-        return draw_overlay(voxels, np.where(label == self.ignore, 0, label), pred, scan.header.get_zooms())
+        return draw_overlay(
+            first_channel(scan), np.where(label == self.ignore, 0, label), pred, scan.header.get_zooms()
+        )

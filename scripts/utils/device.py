@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .waiting import share_cores
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in glibc's malloc.h
 
 
@@ -75,7 +77,8 @@ def loader_workers(device: object = None) -> int:
 def set_cpu_defaults(device: str | torch.device) -> None:
     """Set torch and the allocator up for a process that computes on a CPU; do nothing for another device.
 
-    - As many threads as there are cores for it, where OMP_NUM_THREADS does not say otherwise.
+    - As many threads as there are cores for it, where OMP_NUM_THREADS does not say otherwise; they wait for each other
+      asleep while other processes want the cores, see `waiting`.
     - Memory that was freed is kept for the next tensors instead of being returned to the system, which would hand it
       out again page by page (glibc only).
 
@@ -86,6 +89,7 @@ def set_cpu_defaults(device: str | torch.device) -> None:
         return
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(cpu_cores())
+    share_cores()
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)

@@ -18,6 +18,7 @@ from scripts.inference.out_of_distribution import (
     out_of_range,
 )
 from scripts.inference.predictor import Predictor
+from scripts.kernels.precision import bfloat16_pays
 from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.training_ranges import learn_training_ranges
 from scripts.utils.errors import UserError
@@ -87,6 +88,7 @@ class TestInference:
     def test_a_scan_as_in_training_has_its_measures_in_the_report(self, segmented):
         row = segmented[1]["as_trained"]
         assert row["scan"].endswith("/as_trained.nii.gz")
+        assert row["precision"] == ("bfloat16" if bfloat16_pays() else "float32")
         assert float(row["extent x (mm)"]) > 0
         assert "extent" not in row["unlike the training cases"]
         assert "contrast" not in row["unlike the training cases"]
@@ -136,11 +138,11 @@ def test_volumes_are_those_of_the_mask_in_millilitres():
 class TestReport:
     """What happens to the file of an earlier run."""
 
-    def run(self, folder, scan, **measured):
+    def run(self, folder, scan, precision="float32", **measured):
         """Report one scan as the evaluator does."""
         mask = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"filename_or_obj": scan, "measured": measured, UNLIKE: []})
         engine = Engine(lambda engine, batch: [{"pred": mask}])
-        InferenceReport(str(folder), channels=2).attach(engine)
+        InferenceReport(str(folder), 2, precision).attach(engine)
         engine.run([0])
         return {row["case"]: row for row in read_table(folder / "report.csv")}
 
@@ -152,6 +154,17 @@ class TestReport:
             "one": ("3.0", "4.0"),
             "two": ("2.0", ""),
         }
+
+    def test_each_mask_has_the_precision_that_made_it(self, tmp_path):
+        self.run(tmp_path, "one.nii.gz", "float32", x=1.0)
+        self.run(tmp_path, "two.nii.gz", "bfloat16", y=1.0)
+        rows = self.run(tmp_path, "three.nii.gz", "float32")
+        assert {case: row["precision"] for case, row in rows.items()} == {
+            "one": "float32",
+            "two": "bfloat16",
+            "three": "float32",
+        }
+        assert [*rows["one"]] == ["case", "scan", "x", "y", "precision", UNLIKE]
 
     @pytest.mark.parametrize("case", ["-5", "-a", "=cmd|' /C calc'!A0", "@x", "+1-2", "'=x", 'a,"b"', "1.2.840.1"])
     def test_a_case_has_one_row_under_any_name(self, case, tmp_path):
@@ -168,6 +181,7 @@ class TestReport:
             "a": ("a.nii.gz", "3.0"),
             "b": ("b_0000.nii.gz", "2.0"),
         }
+        assert {case: row["precision"] for case, row in rows.items()} == {"a": "float32", "b": ""}  # not known
 
     def test_two_inferences_at_once_lose_no_row(self, tmp_path):
         engines = []

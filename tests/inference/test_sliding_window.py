@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from scipy.ndimage import gaussian_filter
 
 from scripts.inference.sliding_window import SlidingWindowInferer, nnunet_starts, nnunet_weights
-from scripts.kernels.cpu import bfloat16_pays
+from scripts.kernels.precision import bfloat16_pays
 from scripts.preprocessing.resampling import LabelsOnScanGridd
 from scripts.utils.errors import UserError
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scripts import kernels
 from scripts.blocks import MedNeXtBlock
-from scripts.kernels import CPU, REFERENCE, cpu, cpu_mlp, native
+from scripts.kernels import CPU, REFERENCE, cpu_mlp, native
 from scripts.kernels.backend import Weights
 from scripts.mednext import create_mednext
 
@@ -251,20 +251,6 @@ def test_autocast_computes_in_bfloat16_and_gives_gradients_of_the_weights_own_pr
     assert y.dtype == torch.bfloat16
     assert {p.grad.dtype for p in block.parameters()} == {torch.float32}
     torch.testing.assert_close(y.float(), block(x), rtol=0.02, atol=0.02)
-
-
-def test_whether_bfloat16_pays_is_measured_once_and_remembered(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = torch.get_rng_state()
-    cpu.bfloat16_pays.cache_clear()
-    measured = cpu.bfloat16_pays()
-    assert torch.equal(torch.get_rng_state(), before)
-    (file,) = (tmp_path / "mednext").glob("bfloat16-*")
-    assert file.read_text() == str(measured)
-    file.write_text(str(not measured))
-    cpu.bfloat16_pays.cache_clear()
-    assert cpu.bfloat16_pays() == (not measured)
-    cpu.bfloat16_pays.cache_clear()
 
 
 # ---- what it costs

@@ -69,10 +69,11 @@ def test_each_process_takes_its_own_device(gpu, backend, monkeypatch):
 
 
 SETTLED = """
-import os, torch
+import os, threading, torch
 from scripts.utils.device import set_cpu_defaults
 set_cpu_defaults("cpu")
 print(torch.get_num_threads())
+print("mednext-waiting" in [thread.name for thread in threading.enumerate()])
 faults = lambda: int(open("/proc/self/stat").read().rsplit(") ")[-1].split()[7])
 for _ in range(20):  # the heap settles within ten
     torch.zeros(2**24)
@@ -100,14 +101,15 @@ def test_a_process_for_another_device_keeps_its_threads(monkeypatch):
 
 
 def test_all_cores_compute_and_freed_memory_is_kept():
-    threads, kept = settled(OMP_NUM_THREADS="")
+    threads, watched, kept = settled(OMP_NUM_THREADS="", OMP_WAIT_POLICY="", GOMP_SPINCOUNT="")
     assert int(threads) == cpu_cores()
     if sys.platform == "linux":
+        assert watched == str(cpu_cores() > 1)
         assert kept == "True"
 
 
 def test_the_number_of_threads_that_was_asked_for_stays():
-    assert settled(OMP_NUM_THREADS="1")[0] == "1"
+    assert settled(OMP_NUM_THREADS="1")[:2] == ["1", "False"]
 
 
 @pytest.mark.parametrize(

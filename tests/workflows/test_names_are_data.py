@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def test_every_other_file_holds_the_names_as_they_are(ran):
     assert {row["label"] for row in read_table(out / "cases.csv")} == set(labels.names[1:])
     assert {row["case"] for row in read_table(out / "report.csv")} == set(CASES)
     assert set(json.loads((out / "masks.json").read_text())["masks"]) == set(CASES)
-    assert "<script>alert" not in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert re.search(r'<th scope="row">precision</th><td>(b?float\d\d)</td>', page)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
