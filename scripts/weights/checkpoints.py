@@ -193,8 +193,8 @@ def _renamed(key: str, modules: Mapping[str, str], parameters: Mapping[str, str]
 
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> str | None:
-    """Name the first tensor that holds NaN or infinity."""
-    return next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
+    """Name the first tensor that holds NaN or infinity; one on the meta device holds nothing."""
+    return next((name for name, value in state.items() if not (value.is_meta or torch.isfinite(value).all())), None)
 
 
 def check_finite(state: Mapping[str, torch.Tensor], source: str | Path) -> None:
