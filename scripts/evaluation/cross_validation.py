@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from ..data.datasets import Dataset
 from ..data.folds import SPLITS, Fold
 from ..data.scans import mask_file
 from ..utils.errors import UserError
-from ..utils.files import remembered
+from ..utils.files import check_writable, copy_file, remembered
 from ..utils.ownership import alone, owned
 from ..utils.settings import give, prepare
 from ..utils.signals import run_child
@@ -62,6 +61,7 @@ def cross_validate(
         raise UserError(
             f"--{min(refused)} is set by cross-validation itself; leave it out (--folds 2 runs fold 2 alone)."
         )
+    check_writable(ckpt_dir, output_dir)
     existing = range(len(checked_folds(Dataset(dataset_dir))))
     wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
     if unknown := [fold for fold in wanted if fold not in existing]:
@@ -83,7 +83,7 @@ def cross_validate(
     with alone(Path(output_dir, "summary.json")):  # two that end at once both see that all are there
         _run("pooling", [*files, _found("configs/pool.json")], common)
         for fold in existing:
-            shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
+            copy_file(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
 
 
 def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,8 +198,5 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
             rows.append({key: with_nan(value) for key, value in row.items()})
     write_tables(output_dir, rows, classes, tolerance)
     masks = Path(output_dir, "predictions")
-    masks.mkdir(exist_ok=True)
     for case, folder in scored_by.items():
-        mask = masks / mask_file(case)
-        mask.unlink(missing_ok=True)
-        shutil.copy2(folder / "predictions" / mask.name, mask)
+        copy_file(folder / "predictions" / mask_file(case), masks / mask_file(case))

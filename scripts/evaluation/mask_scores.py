@@ -15,7 +15,7 @@ from ..data.images import ENDINGS, StoredImage, read_image
 from ..data.labels import Labels
 from ..data.scans import MASK, is_nifti, stem
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import check_writable, read_json
 from .metrics import score_case
 from .tables import write_tables
 
@@ -39,6 +39,7 @@ def score_masks(
         UserError: a reference without a mask, two files of one case, grids that differ, or values that dataset.json
             does not name.
     """
+    check_writable(output_dir)
     wanted, found = _by_case(references), _by_case(masks)
     if missing := sorted(set(wanted) - set(found)):
         raise UserError(

@@ -22,7 +22,7 @@ from ..data.images import Geometry, open_image, read_image
 from ..data.scans import case_of, image_files, mask_file
 from ..preprocessing.cache_key import description, digest, file_digest
 from ..utils.errors import UserError
-from ..utils.files import remembered, write_whole
+from ..utils.files import remembered, write_text
 from ..utils.ownership import alone
 from ..weights.model_settings import ModelSettings
 
@@ -135,7 +135,7 @@ class MaskRecord:
         used = {self.maker[0]} | {str(entry.get("made_by")) for entry in self.masks.values()}
         self.made_by = {maker: content for maker, content in self.made_by.items() if maker in used}
         text = json.dumps({name: getattr(self, name) for name in PARTS}, indent=1) + "\n"
-        write_whole(self.file, lambda partial: partial.write_text(text))
+        write_text(self.file, text)
 
     def _require_same(self) -> None:
         """Raise UserError where the folder has masks of another maker."""

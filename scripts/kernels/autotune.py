@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from ..utils.files import write_whole
+from ..utils.files import write_text
 from .native import cache
 
 Function = TypeVar("Function", bound=Callable)
@@ -77,7 +77,7 @@ def remember(gpu: str, table: dict[str, float]) -> Path:
     """Keep the times of Triton in those of stock operators, by `key`, adding to what is there."""
     path = table_file(gpu)
     whole = {**_table(gpu), **table}
-    write_whole(path, lambda partial: partial.write_text(json.dumps(whole, indent=1) + "\n"))
+    write_text(path, json.dumps(whole, indent=1) + "\n")
     forget()
     return path
 

@@ -16,7 +16,7 @@ from ..data.labels import Labels
 from ..data.scans import case_id, image_files
 from ..utils.device import loader_workers
 from ..utils.errors import UserError
-from ..utils.files import remembered, write_whole
+from ..utils.files import check_writable, remembered, write_text
 from .fingerprint import fingerprint_case
 
 SAVE_EVERY = 20  # seconds
@@ -60,6 +60,8 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
         except UserError as e:
             return case, {"error": str(e)}
 
+    if pending:
+        check_writable(path.parent)
     saved = time.monotonic()
     pool = ThreadPoolExecutor(loader_workers() + 1)
     try:
@@ -80,7 +82,7 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
 
 
 def _remember(known: dict, path: Path) -> None:
-    write_whole(path, lambda partial: partial.write_text(json.dumps(known)))
+    write_text(path, json.dumps(known))
 
 
 def _signature(case: dict, channels: int, labels: Labels) -> list:

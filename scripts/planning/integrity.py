@@ -18,6 +18,7 @@ from ..data.grid import record_faults
 from ..data.scans import image_files, list_scans
 from ..data.statistics import LARGEST_TILT
 from ..utils.errors import UserError, told
+from ..utils.files import check_writable, write_text
 from .fingerprint_file import fingerprint_cases
 from .planner import training_grid
 
@@ -236,12 +237,12 @@ def check_dataset(
     Raises:
         UserError: a training could not use the data set as it is.
     """
+    check_writable(output_dir)
     findings = inspect_dataset(Dataset(dataset_dir), fingerprint_file, spacing)
     for finding in findings:
         print(finding)
     path = Path(output_dir) / "check.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([finding._asdict() for finding in findings], indent=2) + "\n")
+    write_text(path, json.dumps([finding._asdict() for finding in findings], indent=2) + "\n")
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{errors} errors, {len(findings) - errors} warnings; also in {path}")
     if errors:

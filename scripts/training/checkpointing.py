@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..utils.errors import UserError
-from ..utils.files import write_whole
+from ..utils.files import check_writable, copy_file
 from ..weights.checkpoint_pair import NAMES, has_checkpoint, last_set_aside, newest, save_newest
 from ..weights.checkpoints import check_fits, not_finite, save_weights
 from ..weights.model_settings import settings_file
@@ -27,6 +25,7 @@ from .stopping import Stopping
 from .within_epoch import Rest, place
 
 DIVERGED = "checkpoint_diverged.pt"  # the newest one, where no step after it was finite
+KEPT, NEW = 4, 10  # times the weights: what replaces a checkpoint, with two moments, and model.pt; and two checkpoints
 
 logger = logging.getLogger("mednext")
 
@@ -51,7 +50,7 @@ def resumes(folder: str | Path, resume: bool | str) -> bool:
     logger.warning("%s has no checkpoint: the run that was set aside in %s is taken back.", training, kept)
     files = [path for path in kept.rglob("*") if path.is_file()]
     for file in sorted(files, key=lambda path: path.name in NAMES):  # what says that there is a run comes last
-        write_whole(folder / file.relative_to(kept), functools.partial(shutil.copy2, file))
+        copy_file(file, folder / file.relative_to(kept))
     return True
 
 
@@ -79,7 +78,7 @@ class TrainingRun:
 
     Raises:
         UserError: another `checkpoint_selection`; `resume` without a checkpoint, or with one of another network;
-            weights that are not finite.
+            weights that are not finite; no room for the checkpoints.
     """
 
     def __init__(
@@ -107,6 +106,9 @@ class TrainingRun:
         self.saved = (0, 0)  # epoch and iteration of the newest checkpoint
         self.trainer: Engine | None = None
         self.stopping = Stopping(self._save_within)
+        if self.writes:
+            values = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+            check_writable(self.folder, need=(KEPT if resume else NEW) * values)
         if resume:
             found = newest(self.checkpoint.parent)
             if found is None:
@@ -176,7 +178,7 @@ class TrainingRun:
             decided.rename(kept / decided.name)
         for file in (settings_file(self.weights), self.weights):
             if file.exists():  # copied, since it stays in use until better weights replace it
-                write_whole(kept / file.name, functools.partial(shutil.copy2, file))
+                copy_file(file, kept / file.name)
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
 
     def save_state(self, engine: SupervisedTrainer) -> None:

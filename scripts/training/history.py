@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.images import first_channel, open_image
 from ..data.visualization import draw_overlay
-from ..utils.files import write_whole
+from ..utils.files import write_table, write_whole
 from .log_figure import draw_log
 
 logger = logging.getLogger("mednext")
@@ -61,7 +61,8 @@ class TrainingLog:
         """Bring the files up to date."""
         assert self.writer is not None, "numbers come first"
         self.writer.flush()
-        write_whole(self.folder / "progress.csv", lambda partial: _write_table(self.rows, partial))
+        columns = dict.fromkeys(name for row in self.rows for name in row)
+        write_table(self.folder / "progress.csv", list(columns), self.rows)
         write_whole(self.folder / "progress.png", lambda partial: draw_log(self.rows, partial))
 
 
@@ -82,13 +83,6 @@ def read_log(path: Path) -> list[dict[str, float]]:
     with open(path, newline="") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     return [{**row, "epoch": int(row["epoch"])} for row in rows]
-
-
-def _write_table(rows: Sequence[dict[str, float]], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 class EpochReport:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import UserError
+from .files import check_writable, explained
 
 try:
     import fcntl
@@ -41,6 +42,7 @@ def own(folder: str | Path, work: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0" or fcntl is None:
         return
+    check_writable(folder)
     path = (Path(folder) / f"{work}.lock").absolute()
     release(path)
     try:
@@ -106,14 +108,9 @@ def _locked(path: Path, how: int) -> TextIO:
         OSError: it cannot be locked.
     """
     while True:
-        try:
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as e:
-            raise UserError(
-                f"{path.parent} cannot be written to ({e.strerror}); make room or mend its permissions, or give"
-                " another folder."
-            ) from e
         try:
             fcntl.lockf(file, how)
             if os.fstat(file.fileno()).st_nlink:  # else the owner before removed it at its end

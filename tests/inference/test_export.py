@@ -15,6 +15,7 @@ from monai.transforms import SaveImaged
 from scripts.data.scans import mask_name
 from scripts.inference.export import LabelValuesd, LabelWriter, MaskLayout
 from scripts.preprocessing.loading import load_scan
+from scripts.utils.errors import UserError
 
 
 def test_values_of_the_files_are_put_back():
@@ -105,6 +106,6 @@ def test_a_mask_is_written_whole_or_not_at_all(tmp_path):
     writer = LabelWriter()
     writer.set_data_array(np.ones((4, 5, 6), np.uint8), channel_dim=None)
     writer.set_metadata({"affine": np.eye(4)}, resample=False)
-    with pytest.raises(OSError, match="masks"):
+    with pytest.raises(UserError, match="masks/mask.nii.gz could not be written .File exists: .*/masks"):
         writer.write(folder / "mask.nii.gz")
     assert folder.read_text().startswith("a file")

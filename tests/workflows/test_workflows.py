@@ -263,7 +263,10 @@ KILLED = {  # the second process ends itself before the second epoch, the first 
 }
 
 
-def test_two_processes_train_one_network_also_when_one_is_killed_and_score_every_case_once(phantom_dir, tmp_path):
+def test_two_processes_train_one_network_also_when_one_is_killed_and_score_every_case_once(
+    phantom_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see docs/how-to/restarting.md
     show_weights = "$print('weights', dist.get_rank(), sum(p.double().sum().item() for p in @network.parameters()))"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     (tmp_path / "killed.json").write_text(json.dumps(KILLED))
