@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -226,3 +228,30 @@ def test_what_is_no_table_is_one_sentence(content, tmp_path):
 def test_a_table_that_a_spreadsheet_or_an_editor_saved_is_read(tmp_path):
     (tmp_path / "a.csv").write_bytes("\ufeffa,b\r\n1,é\r\n\r\n".encode())
     assert read_table(tmp_path / "a.csv") == [{"a": "1", "b": "é"}]
+
+
+ELSEWHERE = {  # writes that are no outputs, or that write_whole and write_folder_whole ask for
+    "utils/ownership.py", "data/convert.py", "data/phantom.py", "training/log_figure.py",
+    "benchmarks/compile_triton.py", "benchmarks/cpu.py",
+}  # fmt: skip
+PLACE = {"open": 0, "savefig": 0, "save": 1, "copy": 1, "copy2": 1, "copyfile": 1, "copytree": 1}  # of the path
+
+
+def written(call: ast.Call) -> ast.expr | None:
+    """Return the path that a call writes to, None where it writes nothing."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("write_text", "write_bytes", "to_filename", "touch") and isinstance(call.func, ast.Attribute):
+        return call.func.value
+    if name == "open" and not re.search("'[^']*[wax+]", "".join(map(ast.unparse, call.args[1:2]))):
+        return None
+    return call.args[PLACE[name]] if name in PLACE and len(call.args) > PLACE[name] else None
+
+
+def test_nothing_is_written_but_by_these_functions():
+    found = {}
+    for path in (ROOT / "scripts").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        paths = {ast.unparse(target) for call in calls if (target := written(call)) is not None}
+        if others := paths - {"partial", "buffer"}:
+            found[str(path.relative_to(ROOT / "scripts"))] = others
+    assert set(found) == ELSEWHERE, found
