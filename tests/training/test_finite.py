@@ -47,6 +47,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(bad, fused, capl
     ]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is_finite(bad):
+    trainer = trainer_of([1.0, 1.0])
+    loss = trainer.loss_function
+    trainer.loss_function = lambda *pair: loss(*pair) + (bad if trainer.state.iteration == 2 else 0.0)
+    trainer.run()
+    assert torch.equal(trainer.weights[1], trainer.weights[2])
+    assert trainer.state.not_finite == 1
+
+
 def test_a_gradient_that_is_not_finite_is_left_out(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
     trainer = trainer_of([1.0, 1.0])
