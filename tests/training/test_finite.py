@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 
-from scripts.training.finite import FiniteSteps
+from scripts.training.finite import DivergedError, FiniteSteps, _Step
 from scripts.training.handlers import GradientClipping
 from scripts.utils.errors import UserError
 
@@ -64,6 +66,15 @@ def test_a_gradient_that_is_not_finite_is_left_out(caplog, monkeypatch):
     trainer.run()
     assert torch.equal(trainer.weights[1], trainer.weights[2])
     assert "iteration 2: the gradient is not finite" in caplog.messages[0]
+
+
+def test_overflows_while_a_scaler_looks_for_its_scale_are_not_counted():
+    steps, step = FiniteSteps(1), _Step(1, 1, [], torch.tensor([0.5, math.inf]), None)
+    state = SimpleNamespace(not_finite=0, epoch_length=9)
+    for scale, counted in ((2.0, False), (1.0, True)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with pytest.raises(DivergedError) if counted else nullcontext():
+            steps._judge(SimpleNamespace(state=state, amp=True, scaler=scaler), step)
 
 
 def test_finite_steps_are_what_they_were():
