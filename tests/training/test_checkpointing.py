@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +192,15 @@ class TestTrainingRun:
         assert not (tmp_path / "postprocessing.json").exists()
         assert (kept / "training" / "checkpoint.pt").is_file()
         assert not (tmp_path / "training").exists()
+
+    def test_a_disk_without_room_for_two_checkpoints_is_named_before_the_first_step(self, tmp_path, monkeypatch):
+        self.after(tmp_path, 1)
+        weights = 4 * (2 + 1)  # bytes of a linear layer, which AdamW keeps two moments of
+        for resume, copies in ((False, 2 * (1 + 2) + (1 + 2) + 1), (True, (1 + 2) + 1)):
+            for free, enough in ((copies * weights, True), (copies * weights - 1, False)):
+                monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+                with nullcontext() if enough else pytest.raises(UserError, match=f"{tmp_path} has 0 MB of free space"):
+                    self.run_of(tmp_path, resume=resume)
 
     def after(self, folder, epoch, resume=False):
         """Save the checkpoint of an epoch, whose number all weights have."""
