@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT
@@ -17,7 +18,7 @@ from scripts.utils.signals import listen, run_child
 listen()
 sys.exit(run_child([sys.executable, "-c", sys.argv[1]], os.environ))
 """
-CHILD = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+CHILD = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
 
 def started(child: str) -> subprocess.Popen:
@@ -39,20 +40,27 @@ def test_a_child_ends_with_the_command_that_started_it(number):
     with started(CHILD) as parent:
         child = int(parent.stdout.readline())
         parent.send_signal(number)
-        stderr = parent.stderr.read()  # to its end, where the child has ended, too
-        parent.wait()
-        for _ in range(100):
-            try:
-                os.kill(child, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.05)
-        else:
-            os.kill(child, signal.SIGKILL)
-            raise AssertionError("the child goes on")
+        try:
+            parent.wait(30)
+            assert ended(child)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        stderr = parent.stderr.read()
     if number != signal.SIGKILL:
         assert parent.returncode == 128 + number
         assert stderr.rstrip().endswith(f"ended, with the command that it had started, by {number.name}")
+
+
+def ended(process: int) -> bool:
+    """Wait for a process that is no child of this one."""
+    for _ in range(200):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @pytest.mark.parametrize("code", [0, 3])
