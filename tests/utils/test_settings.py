@@ -124,6 +124,7 @@ def test_a_step_before_is_not_taken_twice_nor_lost(said):
         (["inference"], {"tta": "True"}, {"tta": True}),
         (["inference"], {"compile": "FALSE", "amp": "true"}, {"compile": False, "amp": True}),
         (["train"], {"resume": " false "}, {"resume": False}),
+        (["train"], {"resume": "auto"}, {"resume": "auto"}),
         (["train", "evaluate"], {"save_predictions": "False"}, {"save_predictions": False}),
         (["train"], {"fine_tuning#skip_heads": "true"}, {"fine_tuning#skip_heads": True}),
         (["train"], {"dataset_dir": 2024, "ckpt_dir": 7, "cache_dir": True}, {"dataset_dir": "2024", "ckpt_dir": "7"}),

@@ -253,11 +253,11 @@ ckpt_export("network_def", filepath="model.ts", ckpt_file="{bundle_copy}/models/
 
 
 KILLED = {  # the second process ends itself before the second epoch, the first time that it is started
-    "+imports": ["$import os", "$import ignite.engine"],
+    "+imports": ["$import os", "$import ignite.engine as ignite"],
     "kill": "$lambda: os.kill(os.getpid(), 9) if (os.environ['RANK'], @attempt) == ('1', '0') else None",
     "attempt": "$os.environ['TORCHELASTIC_RESTART_COUNT']",
     "run": [
-        "$@train#trainer.add_event_handler(ignite.engine.Events.EPOCH_STARTED(once=2), @kill)",
+        "$@train#trainer.add_event_handler(ignite.Events.EPOCH_STARTED(once=2), @kill)",
         "$@train#trainer.run()",
     ],
 }
@@ -282,7 +282,6 @@ def test_two_processes_train_one_network_also_when_one_is_killed_and_score_every
     for epoch in (1, 2):
         assert len(re.findall(rf"^epoch {epoch}/2", done.stdout, flags=re.MULTILINE)) == 1
     assert "resuming after epoch 1 of 2" in done.stdout
-    assert "this one takes its place" in done.stdout + done.stderr
     assert not any(key.startswith("module.") for key in torch.load(tmp_path / "model.pt", weights_only=True))
 
     bundle(
