@@ -25,7 +25,7 @@ from .stopping import Stopping
 from .within_epoch import Rest, place
 
 DIVERGED = "checkpoint_diverged.pt"  # the newest one, where no step after it was finite
-KEPT, NEW = 4, 10  # times the weights: what replaces a checkpoint, with two moments, and model.pt; and two checkpoints
+CHECKPOINT = 3  # times the weights: with the two moments of AdamW
 
 logger = logging.getLogger("mednext")
 
@@ -108,7 +108,8 @@ class TrainingRun:
         self.stopping = Stopping(self._save_within)
         if self.writes:
             values = sum(value.numel() * value.element_size() for value in network.state_dict().values())
-            check_writable(self.folder, need=(KEPT if resume else NEW) * values)
+            kept = 0 if resume else 2  # checkpoints that are still to come, beside the one that is being written
+            check_writable(self.folder, need=((kept + 1) * CHECKPOINT + 1) * values)
         if resume:
             found = newest(self.checkpoint.parent)
             if found is None:

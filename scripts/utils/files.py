@@ -124,8 +124,8 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).partition("\n")[0]
-        other = str(getattr(e, "filename", None) or path)
-        where = "" if other == str(path) or PARTIAL.search(other) else f": {other}"
+        other = Path(str(getattr(e, "filename", None) or path))
+        where = "" if path in (other, other.parent) or PARTIAL.search(other.name) else f": {other}"
         raise UserError(
             f"{path} could not be written ({reason}{where}); make room there or mend its permissions, or give another"
             " folder."
@@ -183,7 +183,10 @@ def _remove(partial: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    """Have a file or folder written to the disk, also one that is for reading alone."""
+    if fcntl is None:  # where that is not possible
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
