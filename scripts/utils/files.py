@@ -93,7 +93,7 @@ def copy_file(source: str | Path, path: str | Path) -> None:
 
 
 def check_writable(*folders: str | Path, need: int = 0) -> None:
-    """Check that files can be written into folders, which are made if they are missing.
+    """Check that files can be written into folders, or into what is there of the path to them; nothing is left.
 
     Args:
         folders: where a command is going to write.
@@ -104,12 +104,12 @@ def check_writable(*folders: str | Path, need: int = 0) -> None:
     """
     for folder in map(Path, folders):
         with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
+            there = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+            with tempfile.TemporaryFile(dir=there, suffix=_suffix()) as file:
                 file.write(bytes(4096))
                 file.flush()
                 os.fsync(file.fileno())
-            free = shutil.disk_usage(folder).free
+            free = shutil.disk_usage(there).free
         if free < need:
             raise UserError(
                 f"{folder} has {free / 1e6:.0f} MB of free space, {need / 1e6:.0f} MB are needed; make room there, or"
@@ -125,7 +125,7 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).partition("\n")[0]
         other = Path(str(getattr(e, "filename", None) or path))
-        where = "" if path in (other, other.parent) or PARTIAL.search(other.name) else f": {other}"
+        where = "" if other == path or PARTIAL.search(other.name) else f": {other}"
         raise UserError(
             f"{path} could not be written ({reason}{where}); make room there or mend its permissions, or give another"
             " folder."
@@ -137,12 +137,16 @@ def _beside(path: Path) -> Iterator[Path]:
     """Give a name beside `path` under which nothing is left in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent.absolute())
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    partial = path.with_name(f"{path.name}{_suffix()}")
     try:
         yield partial
     finally:
         with suppress(OSError):
             _remove(partial)
+
+
+def _suffix() -> str:
+    return f".{uuid.uuid4().hex}.part"
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def test_an_end_leaves_nothing(tmp_path):
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file could not be written .File exists"):
+    with pytest.raises(UserError, match="file could not be written .Not a directory"):
         own(tmp_path / "file", "training")
 
 
