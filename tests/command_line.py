@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,11 +27,13 @@ import numpy as np
 import torch
 
 from scripts.kernels.precision import bfloat16_pays
-from scripts.utils import errors
+from scripts.utils import errors, ownership
+from scripts.utils.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE: tuple[tuple[Callable[[], object], Callable[..., object]], ...] = (  # how to look at it, how to set it
     (os.getcwd, os.chdir),
+    (lambda: [signal.getsignal(n) for n in SIGNALS], lambda handlers: list(map(signal.signal, SIGNALS, handlers))),
     (random.getstate, random.setstate),
     (np.random.get_state, np.random.set_state),
     (torch.get_rng_state, torch.set_rng_state),
@@ -60,6 +63,7 @@ def run_module(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.
             default_warnings(),
         ):
             stack.enter_context(context)
+        stack.callback(give_up_locks)
         printed = stack.enter_context(captured())
         stack.enter_context(fresh_logging())
         if module == "monai.bundle":  # importing the bundle does this where MONAI's command line is the main module
@@ -109,6 +113,12 @@ def state_put_back() -> Iterator[None]:
             put(value)
         for name, value in flags.items():
             setattr(torch.backends.cudnn, name, value)
+
+
+def give_up_locks() -> None:
+    """Give up the folders that the command owns to the end of its process."""
+    for path in [*ownership._held]:
+        ownership.release(path)
 
 
 @contextmanager

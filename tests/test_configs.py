@@ -121,7 +121,9 @@ def test_expressions_are_short_and_files_are_self_contained(path):
 
 
 def test_several_processes_begin_as_one_does_once_they_are_connected():
-    assert read("multi_gpu_train")["initialize"] == ["$devices.start_distributed()", *read("train")["initialize"]]
+    first, *rest = read("train")["initialize"]
+    start = "$devices.start_distributed(@patience_minutes)"
+    assert read("multi_gpu_train")["initialize"] == [first, start, *rest]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():
@@ -140,6 +142,7 @@ def test_overlays_only_touch_what_exists(names):
                 "postprocessing_file",
                 "save_predictions",
                 "nsd_tolerance_mm",
+                "patience_minutes",
                 "report",
                 "evaluating",
                 "decide",
@@ -219,6 +222,7 @@ class TestMetadata:
 SETTINGS = {  # a section of docs/reference/settings.md -> its configuration, and the key behind its last setting
     "configs/train.json": (["train"], "data"),
     "configs/evaluate.json": (["train", "evaluate"], "model"),
+    "configs/multi_gpu_train.json": (["train", "multi_gpu_train"], "device"),
     "configs/inference.json": (["inference"], "model"),
     "configs/plan.json": (["plan"], "initialize"),
     "configs/fetch.json": (["fetch"], "initialize"),
@@ -241,7 +245,7 @@ def test_the_page_of_settings_names_them_all_with_their_defaults(config):
     parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in names])
     page, own = documented(config), list(read(names[-1]))
     if names[-1] != "evaluate":  # an overlay sets settings of the file below it, which its section has
-        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "fine_tuning")}
+        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "+imports", "fine_tuning")}
         assert wanted <= set(page), wanted - set(page)
     for name, default in page.items():
         if name == "network_def#checkpoint_style":  # the table of sizes has its default

@@ -29,6 +29,7 @@ from ..kernels.cpu_mlp import linear
 from ..mednext import KERNEL_SIZES, create_mednext_v1
 from ..utils.device import set_cpu_defaults
 from ..utils.errors import UserError
+from ..utils.files import check_writable, write_text
 from .runtimes import PACKAGES, Compiling, installed, onnxruntime, openvino
 
 TURN = 3.0  # seconds that a task is repeated for, at least
@@ -282,10 +283,12 @@ def bench(
     sizes, kernel_sizes, tasks = map(listed, (sizes, kernel_sizes, tasks))
     tasks = [str(task) for task in tasks]
     check_arguments(original, sizes=(sizes, "SBML"), kernel_sizes=(kernel_sizes, KERNEL_SIZES), tasks=(tasks, TASKS))
+    if output is not None:
+        check_writable(Path(output).parent)
     require_green("tests/kernels/test_cpu.py")
     lines = _table(sizes, kernel_sizes, tasks, rounds, original)
     if output is not None:
-        Path(output).write_text("\n".join(lines) + "\n")
+        write_text(output, "\n".join(lines) + "\n")
 
 
 def _table(

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..mednext import KERNEL_SIZES
 from ..training.losses import SegmentationLoss
 from ..utils.errors import UserError
+from ..utils.files import check_writable, write_text
 from .cpu import BUILDERS, ROOT, Task, check_arguments, listed, require_green
 from .gpu_operations import block_ratios, half_precision, kernel_table, measure_limits, seconds, synchronise
 from .gpu_report import NAMES, markdown, row
@@ -146,7 +147,7 @@ def bench(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU that PyTorch can use here; --device cpu tries the command out.")
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     if device == "cuda":
         require_green("tests/kernels/test_triton.py")
     name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()}-core CPU"
@@ -172,10 +173,10 @@ def bench(
         job = Job(who, size, k, batch, trains, mode == "compiled", patch, runs, device, original)
         report["networks"].append({**job._asdict(), **_ask(job)})
         print(row(report["networks"], report["networks"][-1], best), flush=True)
-        file.with_suffix(".json").write_text(json.dumps(report, indent=1))
+        write_text(file.with_suffix(".json"), json.dumps(report, indent=1))
     report["kernels"] = kernel_table(2, kernel_sizes, patch, best, runs, device)
     if device == "cuda":
         report["blocks"] = block_ratios(sizes, kernel_sizes, batches, patch, device)
-    file.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    file.with_suffix(".md").write_text(markdown(report))
+    write_text(file.with_suffix(".json"), json.dumps(report, indent=1))
+    write_text(file.with_suffix(".md"), markdown(report))
     print(f"wrote {file}.json and .md")

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from ..utils.errors import UserError
+from ..utils.files import write_folder_whole
 from .checks import check_same_grid
 from .datasets import Dataset
 from .geometry import StoredImage
@@ -45,21 +46,22 @@ def convert_layout(source: str, target: str) -> None:
         raise UserError(
             f"{source} has overlapping regions, which a Decathlon dataset.json cannot say; keep its layout."
         )
+    write_folder_whole(target, lambda partial: _convert(data, test, partial))
+    print(f"wrote {target}: {len(data.cases)} training and {len(test)} test cases, {len(data.channels)} channel(s)")
+
+
+def _convert(data: Dataset, test: list[dict], partial: Path) -> None:
     place, describe = (_decathlon_images, _decathlon_json) if data.is_nnunet else (_nnunet_images, _nnunet_json)
-    partial = Path(f"{target}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
     for folder, group in (("imagesTr", data.cases), ("imagesTs", test)):
         for case in group:
             place(case, partial / folder, len(data.channels))
     for case in data.cases:
         _place(case["label"], partial / "labelsTr" / f"{case['case']}.nii.gz")
-    if (split := Path(source) / "splits_final.json").is_file():
+    if (split := data.folder / "splits_final.json").is_file():
         shutil.copy2(split, partial / split.name)
     texts = {key: data.description[key] for key in COPIED if key in data.description}
     made = texts | describe(data, [case["case"] for case in test])
     (partial / "dataset.json").write_text(json.dumps(made, indent=4) + "\n")
-    partial.rename(target)
-    print(f"wrote {target}: {len(data.cases)} training and {len(test)} test cases, {len(data.channels)} channel(s)")
 
 
 def _nnunet_images(case: dict, folder: Path, channels: int) -> None:

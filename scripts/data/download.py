@@ -7,6 +7,7 @@ from pathlib import Path
 from monai.apps import DecathlonDataset, download_url, extractall
 
 from ..utils.errors import UserError
+from ..utils.files import check_writable, write_folder_whole
 
 
 def download_task(
@@ -33,12 +34,22 @@ def download_task(
     archive, target = Path(folder) / f"{task}.tar", Path(folder) / task
     if target.exists():
         raise UserError(f"{target} exists and is not overwritten; use it, or give another --folder.")
+    check_writable(folder)
     try:
         download_url(url, archive, hash_val, hash_type)
-        extractall(archive, folder)
+        write_folder_whole(target, lambda partial: _extract(archive, partial, task))
+    except UserError:
+        raise
     except Exception as e:  # MONAI and urllib raise network, hash and archive errors of many kinds here
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"{task} could not be fetched from {url} ({reason}); try again, or delete {archive}.") from e
-    if not (target / "dataset.json").is_file():
-        raise UserError(f"{archive} has no {task}/dataset.json in it; it is another archive than expected.")
     print(f"{target} is ready: --dataset_dir {target}")
+
+
+def _extract(archive: Path, partial: Path, task: str) -> None:
+    extractall(archive, partial)
+    if not (partial / task / "dataset.json").is_file():
+        raise UserError(f"{archive} has no {task}/dataset.json in it; it is another archive than expected.")
+    for file in (partial / task).iterdir():
+        file.rename(partial / file.name)
+    (partial / task).rmdir()

@@ -7,14 +7,14 @@ on the grids that real scans have: anisotropic voxels, oblique and flipped axes,
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from monai.data import create_test_image_3d
+
+from ..utils.errors import UserError
+from ..utils.files import write_folder_whole
 
 CLASSES = ("background", "low", "middle", "high")
 SHAPE = (44, 40, 22)  # voxels; spacing 1.0 x 1.1 x 2.0 mm
@@ -23,15 +23,22 @@ LEAST_SHARE = 0.04  # of the voxels for each class, so that every scan has all o
 
 
 def phantom(folder: str, training: int = 10, test: int = 2) -> str:
-    """Make the phantom data set in `folder` unless it is there, and returns `folder`.
+    """Make the phantom data set in `folder` unless it is there, and return `folder`.
 
     The folder appears at once and complete, also when several processes ask for it together.
     """
     target = Path(folder)
     if (target / "dataset.json").is_file():
         return folder
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write_folder_whole(target, lambda partial: _fill(partial, training, test))
+    except UserError:  # another process was first, or the folder holds something else
+        if not (target / "dataset.json").is_file():
+            raise
+    return folder
+
+
+def _fill(partial: Path, training: int, test: int) -> None:
     listed = []
     for index in range(training + test):
         where = "Tr" if index < training else "Ts"
@@ -53,13 +60,6 @@ def phantom(folder: str, training: int = 10, test: int = 2) -> str:
         "test": [f"./imagesTs/{n}" for n in listed[training:]],
     }
     (partial / "dataset.json").write_text(json.dumps(description, indent=1))
-    try:
-        os.rename(partial, target)
-    except OSError:  # another process was first, or the folder holds something else
-        shutil.rmtree(partial)
-        if not (target / "dataset.json").is_file():
-            raise
-    return folder
 
 
 def _case(index: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:

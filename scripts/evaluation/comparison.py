@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap, wilcoxon
 
 from ..utils.errors import UserError
-from ..utils.files import read_table, write_table, write_whole
+from ..utils.files import check_writable, read_table, write_table, write_whole
 from .tables import METRICS
 
 SEED, RESAMPLES, CONFIDENCE = 0, 9999, 0.95
@@ -34,6 +34,7 @@ def compare_scores(one: str, other: str, output_dir: str = "comparison") -> None
     Raises:
         UserError: a folder without scores, or no case and class that both have scored.
     """
+    check_writable(output_dir)
     first, second = _scores(one), _scores(other)
     common = {key for key in first if key in second}
     if not common:
@@ -51,7 +52,6 @@ def compare_scores(one: str, other: str, output_dir: str = "comparison") -> None
         rows += [{"label": name, "score": metric, **_compared(*values[..., place])} for place, name in enumerate(names)]
         drawn[metric] = values[1, :, -1] - values[0, :, -1]
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "differences.csv", list(rows[0]), rows)
     figure = _figure(drawn, one, other)
     write_whole(folder / "differences.png", lambda partial: figure.savefig(partial, format="png", dpi=120))

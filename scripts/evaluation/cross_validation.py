@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,11 @@ from ..data.datasets import Dataset
 from ..data.folds import SPLITS, Fold
 from ..data.scans import mask_file
 from ..utils.errors import UserError
+from ..utils.files import check_writable, copy_file, remembered
+from ..utils.ownership import alone, owned
 from ..utils.settings import give, prepare
-from ..weights.checkpoints import load_checkpoint
+from ..utils.signals import run_child
+from ..weights.checkpoint_pair import newest
 from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
 from .tables import with_nan, write_tables
 
@@ -52,13 +53,15 @@ def cross_validate(
 
     Raises:
         UserError: folds that share held-out cases or leave cases out, a fold that is not there, earlier weights of
-            other settings, or a fold that failed; started again, the command goes on where it stopped.
+            other settings, a fold that another cross-validation works on, or one that failed; started again, the
+            command goes on where it stopped.
     """
     files = [_found(path) for path in ([config_file] if isinstance(config_file, str) else config_file)]
     if refused := {"fold", "resume", "save_predictions"} & set(values):
         raise UserError(
             f"--{min(refused)} is set by cross-validation itself; leave it out (--folds 2 runs fold 2 alone)."
         )
+    check_writable(ckpt_dir, output_dir)
     existing = range(len(checked_folds(Dataset(dataset_dir))))
     wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
     if unknown := [fold for fold in wanted if fold not in existing]:
@@ -70,15 +73,17 @@ def cross_validate(
     for fold in wanted:
         weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
         folders = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores}
-        _run_fold(fold, files, config, {**folders, **fingerprints, **_of_fold(fold, values)})
-    missing = [fold for fold in existing if not Path(output_dir, f"fold_{fold}", "summary.json").is_file()]
+        with owned(weights, "cross_validation"):
+            _run_fold(fold, files, config, {**folders, **fingerprints, **_of_fold(fold, values)})
+    missing = [fold for fold in existing if not _scores(f"{output_dir}/fold_{fold}")]
     if missing:
         print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
         return
     common = {"dataset_dir": dataset_dir, "ckpt_dir": ckpt_dir, "output_dir": output_dir, **values}
-    _run("pooling", [*files, _found("configs/pool.json")], common)
-    for fold in existing:
-        shutil.copy2(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
+    with alone(Path(output_dir, "summary.json")):  # two that end at once both see that all are there
+        _run("pooling", [*files, _found("configs/pool.json")], common)
+        for fold in existing:
+            copy_file(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
 
 
 def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,13 +94,11 @@ def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
 def _run_fold(fold: int, files: Sequence[str], config: ConfigParser, values: Mapping[str, Any]) -> None:
     """Train and score a fold, as far as that is still to be done."""
     weights, scores = values["ckpt_dir"], values["output_dir"]
-    trained = _epochs_done(weights)
     _check_same(weights, config)
-    if trained < config["epochs"]:
+    if _epochs_done(weights) < config["epochs"]:
         print(f"fold {fold}: training", flush=True)
-        resume = {"resume": True} if trained else {}
-        _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, **resume})
-    if not _newer(f"{scores}/summary.json", f"{weights}/model.pt"):
+        _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, "resume": "auto"})
+    if not (_scores(scores) and _newer(f"{scores}/summary.json", f"{weights}/model.pt")):
         print(f"fold {fold}: scoring", flush=True)
         _run("evaluating", [*files, _found("configs/evaluate.json")], values)
 
@@ -118,8 +121,13 @@ def checked_folds(data: Dataset) -> list[Fold]:
 
 
 def _epochs_done(weights: str) -> int:
-    checkpoint = Path(weights, "training", "checkpoint.pt")
-    return load_checkpoint(checkpoint)["epoch"] if checkpoint.is_file() else 0
+    found = newest(Path(weights, "training"))
+    return found.state["epoch"] if found else 0
+
+
+def _scores(folder: str) -> list[dict]:
+    """Return the scored cases of a fold; none where there is no table, or only a part of one."""
+    return remembered(Path(folder, "summary.json")).get("cases") or []
 
 
 def _config(files: Sequence[str], values: Mapping[str, Any]) -> ConfigParser:
@@ -159,7 +167,7 @@ def _run(name: str, files: Sequence[str], values: Mapping[str, object]) -> None:
     arguments = [part for key, value in values.items() for part in (f"--{key}", str(value))]
     started = [sys.executable, "-m", "monai.bundle", "run", name, "--config_file", str(list(files)), *arguments]
     path = os.pathsep.join([BUNDLE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
-    if subprocess.run(started, env={**os.environ, "PYTHONPATH": path}).returncode:
+    if run_child(started, {**os.environ, "PYTHONPATH": path}):
         raise UserError(
             f"{name} failed, as said above; mend it and start the same command again: it goes on from here."
         )
@@ -190,8 +198,5 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
             rows.append({key: with_nan(value) for key, value in row.items()})
     write_tables(output_dir, rows, classes, tolerance)
     masks = Path(output_dir, "predictions")
-    masks.mkdir(exist_ok=True)
     for case, folder in scored_by.items():
-        mask = masks / mask_file(case)
-        mask.unlink(missing_ok=True)
-        shutil.copy2(folder / "predictions" / mask.name, mask)
+        copy_file(folder / "predictions" / mask_file(case), masks / mask_file(case))

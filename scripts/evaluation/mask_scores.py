@@ -17,7 +17,7 @@ from ..data.labels import Labels
 from ..data.scans import MASK, is_file_of, stem
 from ..inference import dicom_seg
 from ..utils.errors import UserError
-from ..utils.files import read_json
+from ..utils.files import check_writable, read_json
 from .metrics import score_case
 from .tables import write_tables
 
@@ -45,6 +45,7 @@ def score_masks(
         UserError: a reference without a mask, two files of one case, grids that differ, or values that dataset.json
             does not name.
     """
+    check_writable(output_dir)
     wanted, found = _by_case(references), _by_case(masks)
     if missing := sorted(set(wanted) - set(found)):
         raise UserError(

@@ -15,7 +15,7 @@ from ..data.images import read_image
 from ..data.labels import Labels
 from ..data.scans import mask_file
 from ..inference.components import keep_largest
-from ..utils.files import write_whole
+from ..utils.files import write_text
 from .metrics import ClassDice
 from .tables import without_nan
 
@@ -113,7 +113,7 @@ def search_postprocessing(
 
     decision = decide_steps(lambda: map(masks, tqdm(items, desc="deciding")), classes, labels.ignore_index)
     content = {"labels": labels.names, "cases": len(items), **without_nan(decision)}
-    write_whole(output, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n"))
+    write_text(output, json.dumps(content, indent=2) + "\n")
     _print_gain(decision["gain"])
     kept = ", ".join(decision["steps"]) or "nothing (no step helps)"
     print(f"wrote {output}: of {len(items)} cases, the largest component alone is kept of {kept}")

@@ -30,7 +30,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from ..data.images import first_channel
 from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
-from ..utils.files import read_table, sha256, write_whole
+from ..utils.files import read_table, sha256, write_text
 from ..weights import model_settings
 from .tables import METRICS
 
@@ -93,7 +93,7 @@ def write_report(
         command=escape(shlex.join(sys.orig_argv)),
         facts=_facts(dataset_dir, Path(weights), device, settings),
     )
-    write_whole(folder / "report.html", lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_text(folder / "report.html", page)
 
 
 def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.files import write_table
+from ..utils.files import write_table, write_text
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}  # columns of the tables -> what a person reads
 
@@ -30,12 +30,11 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
     folder = Path(folder)
     rows = sorted(rows, key=lambda row: (row["case"], list(names).index(row["label"])))
     summary = summarise(rows, names)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("cases", rows), ("summary", summary)):
         columns = dict.fromkeys(["case", "label", *METRICS, *table[0]] if name == "cases" else table[0])
         write_table(folder / f"{name}.csv", list(columns), table)
     content = {"nsd_tolerance_mm": tolerance, "summary": summary, "cases": rows}
-    (folder / "summary.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(without_nan(content), indent=1) + "\n")
     for entry in summary:
         logger.info(
             "%-20s Dice %.4f  NSD@%g mm %.4f  HD95 %.2f mm  (%d cases, %d empty in both, %d empty in one)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..data.images import MASK_ENDINGS, read_header
 from ..data.scans import MASK, case_of, image_files
 from ..preprocessing.cache_key import description, digest, file_digest, image_digest
 from ..utils.errors import UserError
-from ..utils.files import remembered, write_whole
+from ..utils.files import remembered, write_text
+from ..utils.ownership import alone
 from ..weights.model_settings import ModelSettings
 from .export import MaskLayout, read_mask
 
@@ -98,10 +100,8 @@ class MaskRecord:
 
     def forget(self, engine: Engine) -> None:
         """Take the masks out of the record that are about to be made, by the weights that are there now."""
-        self.made_by[self.maker[0]] = self.maker[1]  # reads the weights now, which others may replace later
-        if known := [case for case in self.pending if case in self.masks]:
-            self.masks = {case: entry for case, entry in self.masks.items() if case not in known}
-            self._write()
+        with self._changed():
+            self.masks = {case: entry for case, entry in self.masks.items() if case not in self.pending}
 
     def note(self, engine: Engine) -> None:
         """Record the mask that was made last."""
@@ -109,8 +109,9 @@ class MaskRecord:
             meta = engine.state.output[0]["pred"].meta
             case = case_of(meta)
             scans = self.pending.get(case, [str(meta["filename_or_obj"])])
-            self.masks[case] = {"made_by": self.maker[0], "scans": [image_digest(file, self.files) for file in scans]}
-            self._write()
+            digests = [image_digest(file, self.files) for file in scans]
+            with self._changed():
+                self.masks[case] = {"made_by": self.maker[0], "scans": digests}
 
     def _read(self) -> None:
         """Read the record of earlier runs; what is damaged of it is unknown."""
@@ -120,11 +121,23 @@ class MaskRecord:
             entries = part.items() if isinstance(part, dict) else ()
             setattr(self, name, {key: entry for key, entry in entries if isinstance(entry, kind)})
 
+    @contextmanager
+    def _changed(self) -> Iterator[None]:
+        """Change the record as it is now: other processes may segment into the same folder."""
+        maker, content = self.maker  # reads the weights now, which others may replace later
+        with alone(self.file):
+            files = self.files
+            self._read()
+            self.files |= files
+            self.made_by[maker] = content
+            yield
+            self._write()
+
     def _write(self) -> None:
         used = {self.maker[0]} | {str(entry.get("made_by")) for entry in self.masks.values()}
         self.made_by = {maker: content for maker, content in self.made_by.items() if maker in used}
         text = json.dumps({name: getattr(self, name) for name in PARTS}, indent=1) + "\n"
-        write_whole(self.file, lambda partial: partial.write_text(text))
+        write_text(self.file, text)
 
     def _require_same(self) -> None:
         """Raise UserError where the folder has masks of another maker."""

@@ -21,6 +21,7 @@ from ..data.scans import case_id, case_of
 from ..data.statistics import LARGEST_TILT, TILT, contrast, label_volumes, present_ranges, rounded, scan_measures
 from ..utils.errors import UserError
 from ..utils.files import read_table, write_table
+from ..utils.ownership import alone
 
 GRID_FACTOR = 1.25  # how many times more or less than in training spacing and extent may be
 VOLUME_FACTOR = 2.0  # and the predicted volume of a label
@@ -169,7 +170,7 @@ class InferenceReport:
         engine.add_event_handler(Events.COMPLETED, self.warn)
 
     def read_earlier(self, engine: Engine) -> None:
-        """Read the report of an earlier run, whose rows stay.
+        """Read the report of an earlier run, or of one at the same time, whose rows stay.
 
         Raises:
             UserError: a file of that name that is no such report.
@@ -190,10 +191,12 @@ class InferenceReport:
             case, scan = case_of(meta), str(meta["filename_or_obj"])
             measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
             made = {PRECISION: self.precision, UNLIKE: "; ".join(meta[UNLIKE])}
-            self.rows[case] = {"case": case, "scan": scan, **measured, **made}
             self.unlike[scan] = meta[UNLIKE]
-            columns = dict.fromkeys(name for row in self.rows.values() for name in row if name not in made)
-            write_table(self.file, [*columns, *made], self.rows.values())
+            with alone(self.file):
+                self.read_earlier(engine)
+                self.rows[case] = {"case": case, "scan": scan, **measured, **made}
+                columns = dict.fromkeys(name for row in self.rows.values() for name in row if name not in made)
+                write_table(self.file, [*columns, *made], self.rows.values())
 
     def warn(self, engine: Engine) -> None:
         """Warn of each scan of this run that is unlike the training cases."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import remembered, write_whole
+from ..utils.errors import UserError
+from ..utils.files import remembered, write_text
 from .native import cache
 from .trial import Result
 
@@ -93,8 +94,8 @@ def add(facts: Mapping[str, str], name: str, results: Mapping[str, Result]) -> P
     content = {"machine": dict(facts), "blocks": {n: {w: _plain(r) for w, r in of.items()} for n, of in blocks.items()}}
     try:
         path = file_for(facts)
-        write_whole(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
-    except OSError:
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    except (OSError, UserError):
         return None
     return path
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from ..utils.errors import UserError
+from ..utils.files import copy_file
 from .backend import CHANNELS_LAST, Moments
 
 SOURCES = sorted(Path(__file__).parent.glob("native*.cpp"))
@@ -61,7 +63,7 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         raise UnavailableError(f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[-500:]}") from error
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise UnavailableError(f"the kernels could not be compiled or loaded: {error}") from error
 
 
@@ -103,7 +105,7 @@ def _compile(compiler: str, file: Path) -> None:
         # linked without -fopenmp, so that the OpenMP already in the process is used: PyTorch's, and its threads
         for command in [*commands, ["-shared", *objects, "-o", made]]:
             subprocess.run([compiler, *command], capture_output=True, check=True)
-        os.replace(made, file)
+        copy_file(made, file)
 
 
 def _shape(

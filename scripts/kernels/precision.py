@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..utils.device import amp_kwargs
 from ..utils.errors import UserError
-from ..utils.files import remembered, write_whole
+from ..utils.files import remembered, write_text
 from . import native
 from .backend import Weights
 from .cpu import Cpu
@@ -64,8 +64,8 @@ def _measured() -> tuple[bool, str]:
             ratios.append(time_pair())
         if file is not None and _decided(ratios) is not None:
             content = json.dumps({"ratios": ratios}) + "\n"
-            with suppress(OSError):  # a full disk
-                write_whole(file, lambda partial: partial.write_text(content))
+            with suppress(UserError):  # a full disk
+                write_text(file, content)
     pays = _decided(ratios)
     middle = f"{statistics.median(ratios):.2f} of float32's time ({min(ratios):.2f} to {max(ratios):.2f})"
     return pays is True, f"in {len(ratios)} pairs bfloat16 took {middle}{'' if pays is not None else ', undecided'}"

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..utils.files import write_whole
 from .fingerprint import QUANTILES
 
 
@@ -22,7 +23,8 @@ def draw_fingerprint(records: Sequence[dict], labels: Sequence[str], spacing: Se
         path: PNG to write.
     """
     with matplotlib.rc_context({"text.parse_math": False}):  # a label may be named $1$
-        _draw(records, labels, spacing).savefig(path, dpi=110)
+        figure = _draw(records, labels, spacing)
+        write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
 def _draw(records: Sequence[dict], labels: Sequence[str], spacing: Sequence[float]) -> Figure:

@@ -17,7 +17,7 @@ from ..data.labels import Labels
 from ..data.scans import case_id, image_files
 from ..utils.device import loader_workers
 from ..utils.errors import UserError
-from ..utils.files import remembered, write_whole
+from ..utils.files import check_writable, remembered, write_text
 from .fingerprint import fingerprint_case
 
 SAVE_EVERY = 20  # seconds
@@ -61,26 +61,29 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
         except UserError as e:
             return case, {"error": str(e)}
 
+    if pending:
+        check_writable(path.parent)
     saved = time.monotonic()
+    pool = ThreadPoolExecutor(loader_workers() + 1)
     try:
-        with ThreadPoolExecutor(loader_workers() + 1) as pool:
-            found = pool.map(attempt, pending)
-            for case, record in tqdm(found, total=len(pending), desc="reading", disable=not pending):
-                # a fault is not remembered: it may have been the disk's or the network's
-                signature = None if "error" in record else signatures[case["label"]]
-                names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
-                known[case["label"]] = names | record
-                if time.monotonic() - saved > SAVE_EVERY:
-                    _remember(known, path)
-                    saved = time.monotonic()
+        found = pool.map(attempt, pending)
+        for case, record in tqdm(found, total=len(pending), desc="reading", disable=not pending):
+            # a fault is not remembered: it may have been the disk's or the network's
+            signature = None if "error" in record else signatures[case["label"]]
+            names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
+            known[case["label"]] = names | record
+            if time.monotonic() - saved > SAVE_EVERY:
+                _remember(known, path)
+                saved = time.monotonic()
     finally:
+        pool.shutdown(cancel_futures=True)  # a command that is stopped waits for what is being read, not for all
         if pending:
             _remember(known, path)
     return [known[case["label"]] for case in cases]
 
 
 def _remember(known: dict, path: Path) -> None:
-    write_whole(path, lambda partial: partial.write_text(json.dumps(known)))
+    write_text(path, json.dumps(known))
 
 
 def _signature(case: dict, channels: int, labels: Labels) -> list:

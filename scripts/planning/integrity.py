@@ -18,6 +18,7 @@ from ..data.grid import record_faults
 from ..data.scans import image_files, list_scans
 from ..data.statistics import LARGEST_TILT
 from ..utils.errors import UserError, told
+from ..utils.files import check_writable, write_text
 from .fingerprint_file import fingerprint_cases
 from .planner import training_grid
 
@@ -25,6 +26,7 @@ logger = logging.getLogger("mednext")
 
 MM = (1.0, 1.0, 1.0)  # spacing of the grid as published
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
+CONSTANT = 1e-9  # of the mean: what rounding leaves of a standard deviation of 0
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
 
 
@@ -122,12 +124,15 @@ def single_slices(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Fi
             yield _warning(record, f"is a single slice of {record['shape']} voxels; a 3D network sees one plane of it.")
 
 
-def empty_channels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
-    """Find channels that are zero everywhere."""
+def constant_channels(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
+    """Find channels that are zero everywhere, or have one value wherever they are not: there is nothing to learn."""
     for record in records:
         for channel, moments in enumerate(record["channels"]):
             if moments is None:
                 yield _warning(record, f"is zero everywhere in channel {channel}; export it again.")
+            elif moments["std"] <= CONSTANT * abs(moments["mean"]):
+                found = f"{moments['mean']:.6g} wherever it is not 0 in channel {channel}"
+                yield _warning(record, f"is {found}; export it again.")
 
 
 def intensities(records: Sequence[dict], labels: Sequence[str]) -> Iterator[Finding]:
@@ -156,7 +161,7 @@ CHECKS: tuple[Callable[[Sequence[dict], Sequence[str]], Iterator[Finding]], ...]
     absent_labels,
     spacings,
     single_slices,
-    empty_channels,
+    constant_channels,
     intensities,
 )
 
@@ -232,12 +237,12 @@ def check_dataset(
     Raises:
         UserError: a training could not use the data set as it is.
     """
+    check_writable(output_dir)
     findings = inspect_dataset(Dataset(dataset_dir), fingerprint_file, spacing)
     for finding in findings:
         print(finding)
     path = Path(output_dir) / "check.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([finding._asdict() for finding in findings], indent=2) + "\n")
+    write_text(path, json.dumps([finding._asdict() for finding in findings], indent=2) + "\n")
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{errors} errors, {len(findings) - errors} warnings; also in {path}")
     if errors:

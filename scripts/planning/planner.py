@@ -16,6 +16,7 @@ from ..data.datasets import Dataset
 from ..data.grid import record_faults
 from ..data.statistics import rounded
 from ..utils.errors import UserError, told
+from ..utils.files import check_writable, write_text
 from ..utils.settings import plain_text
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
@@ -169,6 +170,8 @@ def write_plan(
     Raises:
         UserError: `output` is there and says something else, no case can be read, or one cannot be on the grid.
     """
+    path = Path(output)
+    check_writable(path.parent)
     data = Dataset(dataset_dir)
     records = fingerprint_cases(data.cases, len(data.channels), data.labels, fingerprint_file)
     usable = [record for record in records if "error" not in record]
@@ -180,15 +183,13 @@ def write_plan(
     if faults := record_faults(usable, training_grid(usable, spacing)):
         raise UserError(told([fault for _, fault in faults], len(usable)))
     overlay = plan_training(data, usable, spacing, size, kernel_size, memory_gb)
-    path = Path(output)
     text = json.dumps(overlay, indent=4) + "\n"
     if path.exists() and path.read_text() != text:
         raise UserError(f"{path} exists and is another plan; move it, or give another --output.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
     found = dataset_fingerprint(usable)
-    path.with_name("fingerprint.json").write_text(json.dumps(found, indent=4) + "\n")
+    write_text(path.with_name("fingerprint.json"), json.dumps(found, indent=4) + "\n")
     draw_fingerprint(usable, data.labels.index_names, overlay["spacing"], path.with_name("fingerprint.png"))
+    write_text(path, text)
     planned = {key.split("#")[-1]: value for key, value in overlay.items() if not key.endswith("planned_for")}
     print(f"{len(usable)} cases: " + ", ".join(f"{key} {value}" for key, value in planned.items()))
     print(f"wrote {path}, fingerprint.json and fingerprint.png beside it")

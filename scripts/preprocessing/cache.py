@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from ..data.images import is_image, read_header
 from ..data.scans import case_id, image_files
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
-from ..utils.files import is_intact, remembered, write_whole
+from ..utils.files import is_intact, remembered, write_text, write_whole
 from .cache_key import description, digest, image_digest, versions
 from .loading import CASE
 
@@ -86,7 +86,7 @@ class CachedDataset(Dataset):
         """
         for stage in self.stages:
             if not (path := stage.folder / "parameters.json").is_file():
-                _write_text(path, json.dumps(stage.parameters, indent=1))
+                write_text(path, json.dumps(stage.parameters, indent=1))
         digests = self.folder / "digests.json"
         before = remembered(digests)
         known = dict(before)
@@ -94,20 +94,21 @@ class CachedDataset(Dataset):
         random.Random(os.getpid()).shuffle(order)
         threads, torch_threads = thread_count(self.data, self.spacing), torch.get_num_threads()
         torch.set_num_threads(1)  # the cases are what runs in parallel; and sums come out the same on every machine
+        pool = ThreadPoolExecutor(threads)
         try:
-            with ThreadPoolExecutor(threads) as pool:
-                made = tqdm(
-                    pool.map(lambda index: self._prepare_case(self.data[index], known), order),
-                    total=len(order),
-                    desc="preparing",
-                    delay=1,  # silent where there is nothing to do
-                    disable=dist.is_initialized() and dist.get_rank() > 0,
-                )
-                by_case = dict(zip(order, made, strict=True))
+            made = tqdm(
+                pool.map(lambda index: self._prepare_case(self.data[index], known), order),
+                total=len(order),
+                desc="preparing",
+                delay=1,  # silent where there is nothing to do
+                disable=dist.is_initialized() and dist.get_rank() > 0,
+            )
+            by_case = dict(zip(order, made, strict=True))
         finally:
+            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(torch_threads)
             if known != before:
-                _write_text(digests, json.dumps(remembered(digests) | known))
+                write_text(digests, json.dumps(remembered(digests) | known))
         self.entries = [by_case[index] for index in range(len(self.data))]
 
     def _prepare_case(self, case: dict, known: dict) -> list[_Entry]:
@@ -250,7 +251,7 @@ class _Entry:
             "values": {key: _plain(value) for key, value in values.items()},
             "meta": {key: _plain(value.meta) for key, value in values.items() if isinstance(value, MetaTensor)},
         }
-        _write(self.path, lambda partial: torch.save(content, partial))
+        write_whole(self.path, lambda partial: torch.save(content, partial))
 
 
 def _plain(value: object) -> object:
@@ -272,17 +273,6 @@ def _plain(value: object) -> object:
     raise TypeError(
         f"{type(value).__name__} cannot be stored; expected tensors, arrays, numbers, text or lists of them."
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda partial: partial.write_text(text))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        write_whole(path, write)
-    except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
-        raise UserError(f"{path.parent} could not be written to ({e}); make room there or give another folder.") from e
 
 
 def thread_count(cases: Sequence[dict], spacing: Sequence[float]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,53 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..utils.errors import UserError
-from ..weights.checkpoints import check_fits, load_checkpoint, save_checkpoint, save_weights
+from ..utils.files import check_writable, copy_file
+from ..weights.checkpoint_pair import NAMES, has_checkpoint, last_set_aside, newest, save_newest
+from ..weights.checkpoints import check_fits, not_finite, save_weights
 from ..weights.model_settings import settings_file
+from .finite import DivergedError
 from .optim import take_up
+from .stopping import Stopping
+from .within_epoch import Rest, place
+
+DIVERGED = "checkpoint_diverged.pt"  # the newest one, where no step after it was finite
+CHECKPOINT = 3  # times the weights: with the two moments of AdamW
 
 logger = logging.getLogger("mednext")
+
+
+def resumes(folder: str | Path, resume: bool | str) -> bool:
+    """Say whether a training goes on from what lies in `folder`.
+
+    Args:
+        folder: its `ckpt_dir`. Where an earlier run was set aside and the one after it was ended before its first
+            checkpoint, the earlier one comes back.
+        resume: True, False, or "auto", which goes on where there is a checkpoint and starts where there is none.
+
+    Raises:
+        UserError: `resume` is True and there is no checkpoint.
+    """
+    folder = Path(folder)
+    training = folder / "training"
+    if resume is not True or has_checkpoint(training):
+        return bool(resume) and has_checkpoint(training)
+    if (kept := last_set_aside(folder)) is None:
+        raise UserError(f"{training / NAMES[0]} not found; nothing to resume: start without --resume, or with auto.")
+    logger.warning("%s has no checkpoint: the run that was set aside in %s is taken back.", training, kept)
+    files = [path for path in kept.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda path: path.name in NAMES):  # what says that there is a run comes last
+        copy_file(file, folder / file.relative_to(kept))
+    return True
 
 
 class TrainingRun:
     """Keeps the best or the last weights of a training run, and all it takes to go on after an interruption.
 
     In `folder`: `model.pt` (plain state dict of the best or of the last validation) with `model.json` beside it, and
-    `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch. A new run
-    first sets aside what an earlier one left there, into `previous/`; nothing is overwritten. Files appear whole or
-    not at all.
+    `training/checkpoint.pt` (network, optimizer, schedule, scaler, epoch, best score) after every epoch, before every
+    validation, and where SIGINT or SIGTERM ends the run after a step; `checkpoint_before.pt` is that of the epoch
+    before. What is not finite is not saved, nor what leads to it. A new run first sets aside what an earlier one left
+    there, into `previous/`; nothing is overwritten. Files appear whole or not at all.
 
     Where no case is held out, or no held-out case can be scored, the last weights are kept, with a sentence.
 
@@ -42,10 +74,11 @@ class TrainingRun:
         settings: the values of the config that belong to the weights.
         checkpoint_selection: "best", or "last" as published, whose scores on the held-out cases are not those it was
             chosen by.
-        resume: go on from `training/checkpoint.pt`.
+        resume: go on from the newest good checkpoint, see `resumes`.
 
     Raises:
-        UserError: another `checkpoint_selection`; `resume` without a checkpoint, or with one of another network.
+        UserError: another `checkpoint_selection`; `resume` without a checkpoint, or with one of another network;
+            weights that are not finite; no room for the checkpoints.
     """
 
     def __init__(
@@ -65,28 +98,40 @@ class TrainingRun:
         self.network, self.optimizer, self.lr_scheduler, self.evaluator = network, optimizer, lr_scheduler, evaluator
         self.settings, self.resume = settings, resume
         self.weights = self.folder / "model.pt"
-        self.checkpoint = self.folder / "training" / "checkpoint.pt"
+        self.checkpoint, self.before = (self.folder / "training" / name for name in NAMES)
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.best_metric, self.best_epoch = float("-inf"), 0
         self.held_out = True  # whether there are cases to validate on
         self.state: dict[str, Any] | None = None
+        self.saved = (0, 0)  # epoch and iteration of the newest checkpoint
+        self.trainer: Engine | None = None
+        self.stopping = Stopping(self._save_within)
+        if self.writes:
+            values = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+            kept = 0 if resume else 2  # checkpoints that are still to come, beside the one that is being written
+            check_writable(self.folder, need=((kept + 1) * CHECKPOINT + 1) * values)
         if resume:
-            if not self.checkpoint.is_file():
+            found = newest(self.checkpoint.parent)
+            if found is None:
                 raise UserError(f"{self.checkpoint} not found; nothing to resume: start without --resume.")
-            self.state = load_checkpoint(self.checkpoint)
-            check_fits(self.state["model"], network, self.checkpoint)
+            self.state = found.state
+            check_fits(self.state["model"], network, found.path)
 
     def attach(self, engine: Engine) -> None:
+        self.trainer = engine
         engine.add_event_handler(Events.STARTED, self.start)
         loader: Any = getattr(self.evaluator, "data_loader", None)  # whose part of the cases may be empty on a process
         cases = getattr(loader, "dataset", None)
         self.held_out = cases is None or len(cases) > 0
         if self.held_out:
+            self.evaluator.add_event_handler(Events.STARTED, lambda _: self._save_within(engine))
             self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self.save_validated)
         else:
             logger.warning("no case is held out: nothing is validated, and the last weights are kept.")
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_last)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.put_diverged_away)
+        self.stopping.attach(engine, self.evaluator if self.held_out else None)
 
     def start(self, engine: SupervisedTrainer) -> None:
         """Go on from the checkpoint, or set aside what an earlier run left."""
@@ -114,10 +159,16 @@ class TrainingRun:
         self.best_metric, self.best_epoch = state["best_metric"], state["best_epoch"]
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        logger.info("resuming after epoch %d of %d", state["epoch"], engine.state.max_epochs)
+        step = state.get("step", 0)
+        self.saved = state["epoch"] + bool(step), engine.state.iteration + step
+        within = f" and {step} iterations" if step else ""
+        logger.info("resuming after epoch %d%s of %d", state["epoch"], within, engine.state.max_epochs)
+        if within:
+            Rest(state).attach(engine)
 
     def _set_aside(self) -> None:
-        stamp = next((time.localtime(p.stat().st_mtime) for p in (self.checkpoint, self.weights) if p.exists()), None)
+        files = (self.checkpoint, self.before, self.weights)
+        stamp = next((time.localtime(p.stat().st_mtime) for p in files if p.exists()), None)
         if stamp is None:
             return
         kept = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S", stamp)
@@ -128,31 +179,68 @@ class TrainingRun:
             decided.rename(kept / decided.name)
         for file in (settings_file(self.weights), self.weights):
             if file.exists():  # copied, since it stays in use until better weights replace it
-                shutil.copy2(file, kept / file.name)
+                copy_file(file, kept / file.name)
         logger.info("the earlier training in %s is kept in %s", self.folder, kept)
 
     def save_state(self, engine: SupervisedTrainer) -> None:
         """Save all it takes to go on after this epoch."""
-        if not self.writes:
+        if not self.stopping.number:  # within its validation
+            self._save(engine, {"epoch": engine.state.epoch})
+
+    def _save_within(self, engine: Engine) -> None:
+        self._save(engine, place(engine))
+
+    def _save(self, engine: Any, reached: dict[str, Any]) -> None:
+        """Save a checkpoint, unless the last steps were not finite and more are to come.
+
+        Raises:
+            UserError: the weights are not finite; nothing is saved then.
+        """
+        if not self.writes or not self._good(engine):
             return
         state = {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": engine.scaler.state_dict() if engine.scaler is not None else {},
-            "epoch": engine.state.epoch,
             "best_metric": self.best_metric,
             "best_epoch": self.best_epoch,
+            **reached,
         }
-        save_checkpoint(state, self.checkpoint)
+        save_newest(self.checkpoint.parent, state, same_epoch=self.saved[0] == engine.state.epoch)
+        self.saved = engine.state.epoch, engine.state.iteration
+
+    def put_diverged_away(self, engine: Engine, error: Exception) -> None:
+        """Raise what ended a run; where no step after the newest checkpoint was finite, the one before it counts."""
+        state: Any = engine.state
+        steps = state.iteration - self.saved[1]
+        led_there = isinstance(error, DivergedError) and steps <= state.not_finite
+        if led_there and self.writes and self.checkpoint.exists():
+            self.checkpoint.replace(self.checkpoint.with_name(DIVERGED))
+            logger.warning("no step after epoch %d was finite: its checkpoint is %s now", self.saved[0], DIVERGED)
+        raise error
+
+    def _good(self, engine: Engine | None) -> bool:
+        """Say whether the network is worth keeping: not between steps that are not finite, unless it is the last."""
+        if name := not_finite(self.network.state_dict()):
+            raise UserError(
+                f"{name} of the network is not finite any more; the last checkpoint in {self.checkpoint.parent}"
+                " is as it was: go on with --resume auto and a smaller --learning_rate."
+            )
+        state: Any = engine.state if engine is not None else None
+        return not getattr(state, "not_finite", 0) or state.epoch == state.max_epochs
 
     def save_last(self, engine: Engine) -> None:
         """Save the weights of this epoch, which nothing has validated."""
+        if not self._good(engine):
+            return
         self.best_epoch = engine.state.epoch
         self._save_weights({"epoch": self.best_epoch})
 
     def save_validated(self, evaluator: Engine) -> None:
         """Save the weights that were validated, if they are those to keep."""
+        if not self._good(self.trainer):
+            return
         validated: Any = evaluator.state  # MONAI's, with more attributes than Ignite's
         name = validated.key_metric_name
         metric = float(validated.metrics[name])

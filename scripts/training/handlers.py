@@ -41,7 +41,7 @@ class EpochSeeds:
 
 
 class GradientClipping:
-    """Scales the gradients to a global norm of at most `max_norm` before the optimizer's step."""
+    """Scales the gradients to a global norm of at most `max_norm` before the optimizer's step, and keeps that norm."""
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
@@ -52,7 +52,8 @@ class GradientClipping:
     def __call__(self, engine: SupervisedTrainer) -> None:
         if engine.amp and engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
-        torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
+        state: Any = engine.state
+        state.gradient_norm = torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
 
 
 class Progress(ProgressBar):

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.images import first_channel
 from ..data.visualization import draw_overlay
-from ..utils.files import write_whole
+from ..utils.files import write_table, write_whole
 from .log_figure import draw_log
 
 logger = logging.getLogger("mednext")
@@ -61,7 +61,8 @@ class TrainingLog:
         """Bring the files up to date."""
         assert self.writer is not None, "numbers come first"
         self.writer.flush()
-        write_whole(self.folder / "progress.csv", lambda partial: _write_table(self.rows, partial))
+        columns = dict.fromkeys(name for row in self.rows for name in row)
+        write_table(self.folder / "progress.csv", list(columns), self.rows)
         write_whole(self.folder / "progress.png", lambda partial: draw_log(self.rows, partial))
 
 
@@ -84,13 +85,6 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return [{**row, "epoch": int(row["epoch"])} for row in rows]
 
 
-def _write_table(rows: Sequence[dict[str, float]], path: Path) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 class EpochReport:
     """One plain line an epoch, and the same numbers for the log.
 
@@ -104,7 +98,8 @@ class EpochReport:
         self.log, self.optimizer, self.batch_size = log, optimizer, batch_size
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        for event in (Events.STARTED, Events.EPOCH_STARTED):
+            engine.add_event_handler(event, self._start)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
@@ -112,7 +107,8 @@ class EpochReport:
 
     def _start(self, engine: Engine) -> None:
         self.started, self.waited, self.iterations = time.perf_counter(), 0.0, 0
-        self.loss: torch.Tensor | float = 0.0
+        state: Any = engine.state
+        state.loss, state.losses = torch.zeros(()), torch.zeros(())  # sum and number, of those that are finite
 
     def _ask(self, engine: Engine) -> None:
         self.asked = time.perf_counter()
@@ -121,14 +117,18 @@ class EpochReport:
         self.waited += time.perf_counter() - self.asked
 
     def _add(self, engine: Engine) -> None:
-        self.loss = self.loss + cast(Mapping[str, torch.Tensor], engine.state.output)["loss"].detach()
+        state: Any = engine.state
+        loss = state.output["loss"].detach()
+        state.loss = state.loss.to(loss.device) + loss.nan_to_num(0.0, 0.0, 0.0)
+        state.losses = state.losses.to(loss.device) + loss.isfinite()
         self.iterations += 1
 
     @idist.one_rank_only()
     def _report(self, engine: Engine) -> None:
+        state: Any = engine.state
         seconds = time.perf_counter() - self.started
         values = {
-            "loss": float(self.loss) / self.iterations,
+            "loss": float(state.loss) / float(state.losses) if state.losses else float("nan"),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
             "samples_per_second": self.iterations * self.batch_size * idist.get_world_size() / seconds,
@@ -136,10 +136,10 @@ class EpochReport:
         }
         logger.info(
             "epoch %d/%d  loss %.4f  lr %.2e  %.1f s  %.2f samples/s  waiting for data %.1f %%",
-            engine.state.epoch, engine.state.max_epochs, values["loss"], values["learning_rate"],
+            state.epoch, state.max_epochs, values["loss"], values["learning_rate"],
             seconds, values["samples_per_second"], 100 * values["waiting_for_data"],
         )  # fmt: skip
-        self.log.add(engine.state.epoch, {f"train/{name}": value for name, value in values.items()})
+        self.log.add(state.epoch, {f"train/{name}": value for name, value in values.items()})
 
 
 class ValidationReport:

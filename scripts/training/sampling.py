@@ -7,10 +7,14 @@ from collections.abc import Iterator, Sequence, Sized
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from monai.config import KeysCollection
+from monai.data import Dataset, DistributedSampler
 from monai.transforms import MapTransform, RandomizableTransform
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
+
+from ..utils.errors import UserError
 
 FOREGROUND = 1 / 3  # nnU-Net's share, which rounds to one of two
 DRAWS = 500  # of 64 voxels each: one in 10,000 annotated is still found nineteen times in twenty
@@ -41,6 +45,20 @@ class PatchSampler(Sampler):
         first = round(self.batch_size * (1 - FOREGROUND))  # nnU-Net v1, dataset_loading.py
         for number, case in enumerate(cases):
             yield case, draws[number] < FOREGROUND if self.batch_size == 1 else number % self.batch_size >= first
+
+
+def each_once(cases: Dataset) -> Sampler:
+    """Deal cases out to the processes of a run, every case to one; all of them get some, or none does.
+
+    Raises:
+        UserError: fewer cases than processes, of which some would wait for ever for the others.
+    """
+    if 0 < len(cases) < (processes := dist.get_world_size()):
+        raise UserError(
+            f"{len(cases)} cases are held out for {processes} processes; expected one for each: start"
+            f" --nproc_per_node {len(cases)} in all, or hold more cases out."
+        )
+    return DistributedSampler(cases, even_divisible=False, shuffle=False) if len(cases) else SequentialSampler(cases)
 
 
 def crop_size(patch_size: Sequence[int], rotate_range: Sequence[float] = (math.pi / 6,) * 3) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import functools
 import logging
 import math
@@ -160,9 +161,15 @@ def amp_kwargs(device: str | torch.device) -> dict[str, Any]:
     return {"dtype": torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16}
 
 
-def start_distributed() -> None:
-    """Join the process group that torchrun describes: nccl on GPUs, gloo on CPUs."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def start_distributed(minutes: float = 30) -> None:
+    """Join the process group that torchrun describes: nccl on GPUs, gloo on CPUs.
+
+    Args:
+        minutes: how long a process waits for another one, before all of them end.
+    """
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=minutes)
+    )
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
+
+from .signals import listen
 
 
 class UserError(ValueError):
@@ -14,6 +18,9 @@ class UserError(ValueError):
     The message names the file, what was found, what was expected and what to do. On the command line it is printed
     alone and the exit code is 1; in Python it is an ordinary ValueError.
     """
+
+
+LOST = re.compile(r"gloo|nccl|ProcessGroup|Connection (closed|reset) by peer|Broken pipe|Socket Timeout", re.IGNORECASE)
 
 
 def told(faults: Sequence[str], cases: int) -> str:
@@ -49,6 +56,7 @@ def run_command(function: Callable[..., object]) -> None:
         UserError: the package fire is not installed.
     """
     sys.excepthook = _print_user_error
+    listen()
     try:
         import fire
     except ImportError as e:
@@ -66,11 +74,20 @@ def run_command(function: Callable[..., object]) -> None:
 
 def _print_user_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     cause = first_cause(error)
+    rank = os.environ.get("RANK")
     if isinstance(cause, UserError):
         print(f"error: {cause}", file=sys.stderr)
+    elif rank is not None and isinstance(cause, RuntimeError) and LOST.search(str(cause)):
+        said = str(cause).splitlines()[0]
+        print(
+            f"error: process {rank} of {os.environ.get('WORLD_SIZE')} waits for another one that has ended or does not"
+            f" answer ({said}); what that one says is the cause: mend it, and go on with --resume auto.",
+            file=sys.stderr,
+        )
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "") == "monai.bundle.__main__":
     sys.excepthook = _print_user_error  # `python -m monai.bundle` has no hook of its own for this
+    listen()

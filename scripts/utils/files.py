@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
+import os
 import re
+import shutil
+import tempfile
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 STARTS = r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"  # of a formula, also in full width, marked or not
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.part$")  # of a file or folder that is being written
 FORMULA, MARKED = re.compile(STARTS), re.compile(f"'(?={STARTS})")
 
 
@@ -36,17 +47,154 @@ def read_json(path: Path) -> object:
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put that in the place of `path`; missing folders are made.
 
-    Several processes may write the same file at once: each fills one of its own, and the last one stays. Where `write`
-    fails nothing is left behind and what was there before stays.
+    It is on the disk by then. A symbolic link is replaced, not followed. Several processes may write the same file at
+    once: each fills one of its own, and the last one stays. Where `write` fails nothing is left behind and what was
+    there before stays; what a killed process left behind is removed by the next one that writes into the folder.
+
+    Raises:
+        UserError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    with explained(path), _beside(path) as partial:
+        partial.touch(exist_ok=False)
+        with _claimed(partial):
+            write(partial)
+            _sync(partial)
+            partial.replace(path)
+        with suppress(OSError):  # not every system has this for folders
+            _sync(path.parent)
+
+
+def write_folder_whole(path: str | Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` make files in a folder beside `path`, which then gets that name; see `write_whole`.
+
+    Raises:
+        UserError: it cannot be written, or `path` is there.
+    """
+    path = Path(path)
+    with explained(path), _beside(path) as partial:
+        partial.mkdir()
+        with _claimed(partial):
+            fill(partial)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            partial.rename(path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """Copy a file with its times, whole or not at all."""
+    write_whole(path, lambda partial: shutil.copy2(source, partial))
+
+
+def check_writable(*folders: str | Path, need: int = 0) -> None:
+    """Check that files can be written into folders, or into what is there of the path to them; nothing is left.
+
+    Args:
+        folders: where a command is going to write.
+        need: so many bytes have to be free in each.
+
+    Raises:
+        UserError: one takes none, or not so many.
+    """
+    for folder in map(Path, folders):
+        with explained(folder):
+            there = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+            with tempfile.TemporaryFile(dir=there, suffix=_suffix()) as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+            free = shutil.disk_usage(there).free
+        if free < need:
+            raise UserError(
+                f"{folder} has {free / 1e6:.0f} MB of free space, {need / 1e6:.0f} MB are needed; make room there, or"
+                " give another folder."
+            )
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Say what could not be written, why, and what to do."""
     try:
-        write(partial)
-        partial.replace(path)
+        yield
+    except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).partition("\n")[0]
+        other = Path(str(getattr(e, "filename", None) or path))
+        where = "" if other == path or PARTIAL.search(other.name) else f": {other}"
+        raise UserError(
+            f"{path} could not be written ({reason}{where}); make room there or mend its permissions, or give another"
+            " folder."
+        ) from e
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` under which nothing is left in the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent.absolute())
+    partial = path.with_name(f"{path.name}{_suffix()}")
+    try:
+        yield partial
     finally:
+        with suppress(OSError):
+            _remove(partial)
+
+
+def _suffix() -> str:
+    return f".{uuid.uuid4().hex}.part"
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[bool]:
+    """Lock a file or folder; False where another process has, or there are no locks.
+
+    Others may open and close the file meanwhile, which would end a lock of lockf.
+    """
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _sweep(folder: Path) -> None:
+    """Remove what processes that have ended left half written; those that still write hold a lock."""
+    for partial in filter(PARTIAL.search, map(str, folder.glob("*.part"))):
+        with suppress(OSError), _claimed(Path(partial)) as ended:
+            if ended:
+                _remove(Path(partial))
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder written to the disk, also one that is for reading alone."""
+    if fcntl is None:  # where that is not possible
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remembered(path: Path) -> dict:

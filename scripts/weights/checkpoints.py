@@ -157,6 +157,7 @@ def translate(state: Mapping[str, torch.Tensor], source: str | Path) -> MedNeXtW
         raise UserError(f"{source} holds {', '.join(others)} among its weights; expected tensors alone.")
     if len(state) != entries:
         raise UserError(f"{source} holds {entries} tensors under {len(state)} names without their prefixes.")
+    check_finite(state, source)
     if "dummy_tensor" in state:
         return MedNeXtWeights({key: value for key, value in state.items() if key != "dummy_tensor"}, "mic-dkfz")
     if any(key.startswith("enc_stages.") for key in state):
@@ -191,6 +192,24 @@ def _renamed(key: str, modules: Mapping[str, str], parameters: Mapping[str, str]
     return f"{start}.{parameters[last]}" if last in parameters else key
 
 
+def not_finite(state: Mapping[str, torch.Tensor]) -> str | None:
+    """Name the first tensor that holds NaN or infinity; one on the meta device holds nothing."""
+    return next((name for name, value in state.items() if not (value.is_meta or torch.isfinite(value).all())), None)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Check that all weights are numbers; `source` names them in the message.
+
+    Raises:
+        UserError: some are NaN or infinite, which a training that diverged leaves.
+    """
+    if name := not_finite(state):
+        raise UserError(
+            f"{source} holds NaN or infinity in {name}; expected finite weights: take those of an earlier checkpoint,"
+            " or train again with a smaller --learning_rate."
+        )
+
+
 def check_weights(path: str | Path, network: nn.Module) -> None:
     """Check that a file is whole, and a plain state dict with the names and shapes of `network`, a MedNeXt or not.
 
@@ -200,6 +219,8 @@ def check_weights(path: str | Path, network: nn.Module) -> None:
     content = load_checkpoint(path)
     check_sha256(path)
     plain = all(isinstance(value, torch.Tensor) for value in content.values())
+    if plain:
+        check_finite(content, path)
     if plain and not differences(shapes(content), shapes(network.state_dict())):
         return
     weights = read_weights(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
+from ..utils.files import check_writable
 from .architecture import Architecture, build, describe, shapes
 from .checkpoints import HEADS, State, check_fits, read_weights, save_checkpoint, save_weights, to_mic_dkfz, to_monai
 from .model_settings import read_model_settings, settings_file
@@ -55,6 +56,7 @@ def convert_weights(
         UserError: the file cannot be read, is no MedNeXt, or not the one that was asked for.
     """
     _check_target(to, target)
+    check_writable(Path(target).parent)
     weights = read_weights(source)
     state, found = weights.state, _recognise(weights.state, source)
     print(f"{source}: {found}; names of {FORMATS[weights.format]}")
@@ -79,22 +81,19 @@ def convert_weights(
     _check_wanted(found, wanted, len(earlier.get("labels", ())), source)
     _check_other_side(found, to, source)
 
-    try:
-        if to == "mednext" and found.size:
-            kept = {key: earlier[key] for key in KEPT if key in earlier}
-            save_weights(dict(state), target, kept | _settings(found) | {"converted_from": Path(source).name})
-            print(f"wrote {target}")
-            print(f"wrote {settings_file(target)}: spacing and patch are as published, unless you add others")
+    if to == "mednext" and found.size:
+        kept = {key: earlier[key] for key in KEPT if key in earlier}
+        save_weights(dict(state), target, kept | _settings(found) | {"converted_from": Path(source).name})
+        print(f"wrote {target}")
+        print(f"wrote {settings_file(target)}: spacing and patch are as published, unless you add others")
+    else:
+        if settings_file(target).is_file():  # a SHA-256 in there is that of other weights
+            save_weights(EXPORT[to](state), target, read_model_settings(target))
         else:
-            if settings_file(target).is_file():  # a SHA-256 in there is that of other weights
-                save_weights(EXPORT[to](state), target, read_model_settings(target))
-            else:
-                save_checkpoint(EXPORT[to](state), target)
-            print(f"wrote {target}")
-            if to == "mednext":
-                print(f"no row of the table of sizes: build it with MedNeXt(**{found.arguments()})")
-    except OSError as e:
-        raise UserError(f"{target} cannot be written ({e.strerror}); give another --target.") from e
+            save_checkpoint(EXPORT[to](state), target)
+        print(f"wrote {target}")
+        if to == "mednext":
+            print(f"no row of the table of sizes: build it with MedNeXt(**{found.arguments()})")
 
 
 def _check_target(to: str, target: str) -> None:

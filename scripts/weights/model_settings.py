@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from ..utils.files import sha256, write_whole
+from ..utils.files import sha256, write_text
 from ..utils.settings_table import MODEL
 
 BUNDLE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -200,4 +200,4 @@ def _contradictions(model: ModelSettings, written: Container[str]) -> Iterator[s
 def write_model_settings(weights: str | Path, settings: dict) -> None:
     """Write `settings` beside `weights`, whole or not at all."""
     text = json.dumps(settings, indent=2) + "\n"
-    write_whole(settings_file(weights), lambda partial: partial.write_text(text))
+    write_text(settings_file(weights), text)

@@ -6,12 +6,14 @@ import csv
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE, COARSE, TINY, bundle, overlays, python_m, save
+from conftest import CACHE, COARSE, ROOT, TINY, bundle, overlays, python_m, save
 
+from scripts.evaluation import cross_validation
 from scripts.evaluation.cross_validation import cross_validate, pool_folds
 from scripts.utils.errors import UserError
 
@@ -79,11 +81,11 @@ def started(monkeypatch) -> list[list[str]]:
     """Collect the commands that cross-validation would start; those with an argument "fail" do so."""
     commands = []
 
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+    def run(command: list[str], environment: dict) -> int:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 1 if "fail" in command else 0)
+        return 1 if "fail" in command else 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cross_validation, "run_child", run)
     return commands
 
 
@@ -103,8 +105,34 @@ def test_every_fold_gets_its_number_and_folders_of_its_own(started, phantom_dir,
         assert value(command, "seed") == f"7{fold}"
         assert ("--fold" in command) == ("training" in command)  # scoring takes it from the weights
         assert "--fold" not in command or value(command, "fold") == str(fold)
-        assert "--resume" not in command
+        assert "training" not in command or value(command, "resume") == "auto"
     assert "folds 0, 1, 2, 3, 4 are still to be run" in capsys.readouterr().out
+
+
+def test_a_fold_that_another_cross_validation_works_on_is_refused_and_the_others_are_not(
+    started, phantom_dir, tmp_path
+):
+    hold = "from scripts.utils.ownership import own; own({!r}, 'cross_validation'); print(flush=True); input()"
+    code = hold.format(str(tmp_path / "fold_1"))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        common = {"ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+        with pytest.raises(UserError, match=f"fold_1 belongs to another cross_validation .process {other.pid} on"):
+            cross_validate(str(phantom_dir), folds=[1, 0], **common)
+        assert not started
+        cross_validate(str(phantom_dir), folds=[0, 2], **common)
+        assert [value(command, "ckpt_dir")[-1] for command in started] == ["0", "0", "2", "2"]
+        other.communicate(b"\n")
+
+
+def test_half_a_table_of_scores_is_made_again(started, phantom_dir, tmp_path):
+    scored(tmp_path, 0, {"a": 0.9})
+    table = tmp_path / "fold_0/summary.json"
+    table.write_text(table.read_text()[:40])
+    cross_validate(str(phantom_dir), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), folds=0)
+    assert [command[4] for command in started] == ["training", "evaluating"]
 
 
 def test_the_first_fold_that_fails_ends_the_command(started, phantom_dir, tmp_path):

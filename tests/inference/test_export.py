@@ -106,7 +106,7 @@ def test_a_mask_is_written_whole_or_not_at_all(tmp_path):
     writer = LabelWriter()
     writer.set_data_array(np.ones((4, 5, 6), np.uint8), channel_dim=None)
     writer.set_metadata({"affine": np.eye(4)}, resample=False)
-    with pytest.raises(OSError, match="masks"):
+    with pytest.raises(UserError, match="masks/mask.nii.gz could not be written .File exists: .*/masks"):
         writer.write(folder / "mask.nii.gz")
     assert folder.read_text().startswith("a file")
 

@@ -132,6 +132,24 @@ def test_a_mask_that_is_being_made_is_on_no_record(folder):
     assert left(folder) == ["-b"]
 
 
+def test_two_inferences_at_once_lose_no_entry(folder):
+    one, other = record(folder), record(folder, overlap=0.75)
+    for maker, names in ((one, NAMES[:1]), (other, NAMES[1:])):
+        maker.remaining([case for case in cases(folder) if case["case"] in names], False)
+    one.forget(None)
+    other.forget(None)
+    for maker, names in ((one, NAMES[:1]), (other, NAMES[1:])):
+        for name in names:
+            mask = SimpleNamespace(meta={"case": name, "filename_or_obj": "unused"})
+            maker.note(SimpleNamespace(state=SimpleNamespace(output=[{"pred": mask}])))
+    found = json.loads((folder / "masks/masks.json").read_text())
+    assert {case: entry["made_by"] for case, entry in found["masks"].items()} == {
+        NAMES[0]: one.maker[0], NAMES[1]: other.maker[0], NAMES[2]: other.maker[0]
+    }  # fmt: skip
+    assert {*found["made_by"]} == {one.maker[0], other.maker[0]}
+    assert len(found["files"]) == 3
+
+
 class Shift:
     """A step of somebody's own."""
 

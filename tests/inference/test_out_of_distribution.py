@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, bundle, save
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, Orientationd
 
@@ -182,6 +182,19 @@ class TestReport:
             "b": ("b_0000.nii.gz", "2.0"),
         }
         assert {case: row["precision"] for case, row in rows.items()} == {"a": "float32", "b": ""}  # not known
+
+    def test_two_inferences_at_once_lose_no_row(self, tmp_path):
+        engines = []
+        for name in ("one", "two"):
+            scans = [{"filename_or_obj": f"{name}_{i}.nii.gz", "measured": {"x": float(i)}, UNLIKE: []} for i in (1, 2)]
+            engine = Engine(lambda engine, meta: [{"pred": MetaTensor(torch.zeros(1, 2, 2, 2), meta=meta)}])
+            InferenceReport(str(tmp_path)).attach(engine)
+            engines.append((engine, scans))
+        first, second = engines
+        first[0].add_event_handler(Events.ITERATION_STARTED(once=2), lambda: second[0].run(second[1]))
+        first[0].run(first[1])
+        rows = read_table(tmp_path / "report.csv")
+        assert [row["case"] for row in rows] == ["one_1", "two_1", "two_2", "one_2"]
 
     def test_a_file_that_is_no_such_report_is_not_overwritten(self, tmp_path):
         (tmp_path / "report.csv").write_text("patient,age\n1,60\n")

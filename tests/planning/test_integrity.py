@@ -47,7 +47,13 @@ def record(number: int, **changes) -> dict:
             {"channels": [{"mean": 9000.0, "std": 1.0}]},
             "mean intensity of 9000 in channel 0, the median",
         ),
-        (integrity.empty_channels, {"channels": [None]}, "is zero everywhere in channel 0"),
+        (integrity.constant_channels, {"channels": [None]}, "is zero everywhere in channel 0"),
+        (
+            integrity.constant_channels,
+            {"channels": [{"mean": 0.1, "std": 1e-17}]},
+            "is 0.1 wherever it is not 0 in channel 0; export it again",
+        ),
+        (integrity.constant_channels, {"channels": [{"mean": -7.0, "std": 0.0}]}, "is -7 wherever it is not 0"),
     ],
 )
 def test_the_odd_one_out_is_found_alone(check, changes, message):

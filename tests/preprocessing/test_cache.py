@@ -342,7 +342,7 @@ class TestSharing:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk: writing stops midway
         try:
-            with pytest.raises(UserError, match=f"{tmp_path}/prepared/.* could not be written to .* another folder"):
+            with pytest.raises(UserError, match=f"{tmp_path}/prepared/.* could not be written .* another folder"):
                 dataset(scans, tmp_path / "prepared").prepare()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from scripts.training.checkpointing import TrainingRun
+from scripts.training.checkpointing import TrainingRun, resumes
 from scripts.training.optim import polynomial
 from scripts.utils.errors import UserError
 from scripts.utils.files import sha256
@@ -190,6 +192,79 @@ class TestTrainingRun:
         assert not (tmp_path / "postprocessing.json").exists()
         assert (kept / "training" / "checkpoint.pt").is_file()
         assert not (tmp_path / "training").exists()
+
+    def test_a_disk_without_room_for_two_checkpoints_is_named_before_the_first_step(self, tmp_path, monkeypatch):
+        self.after(tmp_path, 1)
+        weights = 4 * (2 + 1)  # bytes of a linear layer, which AdamW keeps two moments of
+        for resume, copies in ((False, 2 * (1 + 2) + (1 + 2) + 1), (True, (1 + 2) + 1)):
+            for free, enough in ((copies * weights, True), (copies * weights - 1, False)):
+                monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+                with nullcontext() if enough else pytest.raises(UserError, match=f"{tmp_path} has 0 MB of free space"):
+                    self.run_of(tmp_path, resume=resume)
+
+    def after(self, folder, epoch, resume=False):
+        """Save the checkpoint of an epoch, whose number all weights have."""
+        run, trainer = self.run_of(folder, resume=resume)
+        run.start(trainer)
+        trainer.state.epoch, trainer.state.iteration = epoch, 5 * epoch
+        torch.nn.init.constant_(run.network.weight, epoch)
+        run.save_state(trainer)
+        return run, trainer
+
+    def test_a_damaged_newest_checkpoint_is_passed_over(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+        self.after(tmp_path, 1)
+        run, trainer = self.after(tmp_path, 2, resume=True)
+        run.save_state(trainer)  # of the same epoch: does not push the other out
+        newest, before = (tmp_path / "training" / name for name in ("checkpoint.pt", "checkpoint_before.pt"))
+        for damage in (
+            lambda: newest.write_bytes(newest.read_bytes()[:-99]),
+            lambda: torch.save({**load_checkpoint(before), "model": {"weight": torch.tensor(float("nan"))}}, newest),
+            lambda: torch.save({"epoch": 7}, newest),
+            newest.unlink,
+        ):
+            damage()
+            assert resumes(tmp_path, "auto")
+            again, restarted = self.run_of(tmp_path, resume=True)
+            again.start(restarted)
+            assert again.network.weight.unique() == 1
+            assert restarted.state.epoch == 1
+        assert len([m for m in caplog.messages if f"taking {before}, after epoch 1" in m]) == 3
+        before.write_bytes(b"")
+        with pytest.raises(UserError, match="checkpoint_before.pt is not a readable weights file"):
+            self.run_of(tmp_path, resume=True)
+
+    def test_weights_that_are_not_finite_and_what_led_there_are_not_saved(self, tmp_path):
+        run, trainer = self.after(tmp_path, 1)
+        trainer.state.epoch, trainer.state.not_finite = 2, 1
+        torch.nn.init.constant_(run.network.weight, 2)
+        run.save_state(trainer)
+        self.validate(run, 2, 0.9)
+        torch.nn.init.constant_(run.network.weight, float("inf"))
+        trainer.state.not_finite = 0
+        with pytest.raises(UserError, match="weight of the network is not finite any more; the last checkpoint in"):
+            run.save_state(trainer)
+        with pytest.raises(UserError, match="weight of the network is not finite any more"):
+            self.validate(run, 3, 0.9)
+        assert load_checkpoint(tmp_path / "training/checkpoint.pt")["epoch"] == 1
+
+    def test_killed_before_its_first_checkpoint_a_run_gives_the_earlier_one_back(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("mednext"), "propagate", True)
+        run, _ = self.after(tmp_path, 3)
+        self.validate(run, 3, 0.7)
+        (tmp_path / "postprocessing.json").write_text("{}")
+        new, trainer = self.run_of(tmp_path)
+        new.start(trainer)  # and is killed here
+        assert not resumes(tmp_path, "auto")  # which starts again
+        assert not resumes(tmp_path, False)
+        assert resumes(tmp_path, True)
+        assert "the run that was set aside in" in caplog.text
+        again, restarted = self.run_of(tmp_path, resume=True)
+        again.start(restarted)
+        assert restarted.state.epoch == 3
+        assert (tmp_path / "postprocessing.json").is_file()
+        with pytest.raises(UserError, match="nothing to resume: start without --resume, or with auto"):
+            resumes(tmp_path / "other", True)
 
     def test_resuming_from_nothing_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="checkpoint.pt not found; nothing to resume"):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.training.sampling import PatchSampler, RandPatchd, crop_size
+from scripts.training import sampling
+from scripts.training.sampling import PatchSampler, RandPatchd, crop_size, each_once
+from scripts.utils.errors import UserError
 
 
 class TestSampler:
@@ -101,3 +103,21 @@ class TestRandPatch:
         _, patch, data = self.draw(1, shape=(5, 6, 7))
         assert patch.shape == (1, 16, 16, 16)
         assert set(patch.unique().tolist()) == set(data["image"].unique().tolist())
+
+
+@pytest.mark.parametrize(("cases", "processes"), [(0, 2), (2, 2), (5, 2), (7, 3)])
+def test_every_case_is_dealt_to_one_process(cases, processes, monkeypatch):
+    monkeypatch.setattr(sampling.dist, "get_world_size", lambda: processes)
+    dealt = []
+    for rank in range(processes if cases else 1):
+        monkeypatch.setattr(sampling.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sampling.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(sampling.dist, "is_available", lambda: True)
+        dealt += each_once(range(cases))
+    assert sorted(dealt) == [*range(cases)]
+
+
+def test_fewer_cases_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(sampling.dist, "get_world_size", lambda: 4)
+    with pytest.raises(UserError, match="3 cases are held out for 4 processes; expected one for each: start"):
+        each_once(range(3))

@@ -62,7 +62,7 @@ def test_each_process_takes_its_own_device(gpu, backend, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
-    monkeypatch.setattr("torch.distributed.init_process_group", joined.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **_: joined.append(backend))
     start_distributed()
     own = torch.device("cuda:3") if gpu else torch.device("cpu")
     assert local_device() == own

@@ -2,28 +2,158 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
+import os
+import re
+import resource
+import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
+from conftest import ROOT
 
 from scripts.utils.errors import UserError
-from scripts.utils.files import is_intact, read_table, remembered, sha256, write_table, write_whole
+from scripts.utils.files import (
+    check_writable,
+    copy_file,
+    is_intact,
+    read_table,
+    remembered,
+    sha256,
+    write_folder_whole,
+    write_table,
+    write_text,
+    write_whole,
+)
 
 
 def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path):
-    write_whole(tmp_path / "new" / "a.txt", lambda partial: partial.write_text("whole"))
+    write_text(tmp_path / "new" / "a.txt", "whole")
 
     def fail(partial):
         partial.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="a.txt could not be written .disk full.; make room there or mend"):
         write_whole(tmp_path / "new" / "a.txt", fail)
     assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.txt", "whole")]
+
+
+@pytest.fixture
+def full():
+    """Stop every file after 9,000 bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+LONG = "x" * 30_000
+WRITERS = {
+    "text": lambda path: write_text(path, LONG),
+    "table": lambda path: write_table(path, ["a"], [{"a": LONG}]),
+    "copy": lambda path: copy_file(ROOT / "configs/train.json", path),
+    "torch": lambda path: write_whole(path, lambda partial: torch.save(torch.zeros(9999), partial)),
+    "folder": lambda path: write_folder_whole(path, lambda partial: (partial / "b").write_text(LONG)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_disk_without_room_leaves_nothing_and_is_one_sentence(write, full, tmp_path):
+    with pytest.raises(UserError, match="a could not be written .*; make room there or mend its permissions, or give"):
+        write(tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_where_a_folder_should_be_is_named(write, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a could not be written \((File exists|Not a directory): .*/file\)"):
+        write(tmp_path / "file" / "a")
+
+
+def test_a_symbolic_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "of another").write_text("kept")
+    (tmp_path / "a").symlink_to(tmp_path / "of another")
+    write_text(tmp_path / "a", "new")
+    assert not (tmp_path / "a").is_symlink()
+    assert [(tmp_path / name).read_text() for name in ("a", "of another")] == ["new", "kept"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(os.fstat(descriptor).st_size), sync(descriptor)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (done.append(to), replace(path, to)))
+    write_text(tmp_path / "a", "four")
+    assert done[:2] == [4, tmp_path / "a"]
+    assert len(done) == 3  # the folder
+
+
+HALF = """
+import sys, time
+from scripts.utils.files import {writer}
+def half(partial):
+    {make}
+    print("x", flush=True)
+    time.sleep(60)
+{writer}(sys.argv[1], half)
+"""
+MADE = {
+    "file": HALF.format(writer="write_whole", make="partial.write_text('half')"),
+    "folder": HALF.format(writer="write_folder_whole", make="(partial / 'a').write_text('half')"),
+}
+
+
+@pytest.mark.parametrize("code", MADE.values(), ids=MADE)
+def test_what_a_killed_process_left_is_removed_by_the_next_one_that_writes_there(code, tmp_path):
+    (tmp_path / "somebody's own.part").touch()
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, stdout=subprocess.PIPE)
+        for name in "ab"
+    ]
+    for writer in writers:
+        writer.stdout.readline()
+    killed, alive = writers
+    killed.kill()
+    killed.communicate()
+    write_text(tmp_path / "c", "whole")
+    left = {path.name.split(".")[0] for path in tmp_path.iterdir()}
+    alive.kill()
+    alive.communicate()
+    assert left == {"b", "c", "somebody's own"}
+
+
+class TestCheckWritable:
+    def test_nothing_is_left(self, tmp_path):
+        check_writable(tmp_path, tmp_path / "a/b", need=1)
+        assert not [*tmp_path.iterdir()]
+
+    def test_a_place_that_takes_nothing_is_named(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        for folder in (tmp_path / "file", tmp_path / "file/a/b"):
+            with pytest.raises(
+                UserError, match=rf"{folder} could not be written \(Not a directory\); make room there or"
+            ):
+                check_writable(tmp_path, folder)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            with pytest.raises(UserError, match=f"{tmp_path} could not be written .File too large"):
+                check_writable(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_too_little_room_is_told_with_what_is_needed(self, tmp_path):
+        with pytest.raises(UserError, match=r"has \d+ MB of free space, 1000000000000 MB are needed; make room"):
+            check_writable(tmp_path, need=10**18)
 
 
 def test_several_may_write_one_file_at_the_same_time(tmp_path):
@@ -101,3 +231,30 @@ def test_what_is_no_table_is_one_sentence(content, tmp_path):
 def test_a_table_that_a_spreadsheet_or_an_editor_saved_is_read(tmp_path):
     (tmp_path / "a.csv").write_bytes("\ufeffa,b\r\n1,é\r\n\r\n".encode())
     assert read_table(tmp_path / "a.csv") == [{"a": "1", "b": "é"}]
+
+
+ELSEWHERE = {  # writes that are no outputs, or that write_whole and write_folder_whole ask for
+    "utils/ownership.py", "data/convert.py", "data/phantom.py", "training/log_figure.py",
+    "benchmarks/compile_triton.py", "benchmarks/cpu.py",
+}  # fmt: skip
+PLACE = {"open": 0, "savefig": 0, "save": 1, "copy": 1, "copy2": 1, "copyfile": 1, "copytree": 1}  # of the path
+
+
+def written(call: ast.Call) -> ast.expr | None:
+    """Return the path that a call writes to, None where it writes nothing."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("write_text", "write_bytes", "to_filename", "touch") and isinstance(call.func, ast.Attribute):
+        return call.func.value
+    if name == "open" and not re.search("'[^']*[wax+]", "".join(map(ast.unparse, call.args[1:2]))):
+        return None
+    return call.args[PLACE[name]] if name in PLACE and len(call.args) > PLACE[name] else None
+
+
+def test_nothing_is_written_but_by_these_functions():
+    found = {}
+    for path in (ROOT / "scripts").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        paths = {ast.unparse(target) for call in calls if (target := written(call)) is not None}
+        if others := paths - {"partial", "buffer"}:
+            found[str(path.relative_to(ROOT / "scripts"))] = others
+    assert set(found) == ELSEWHERE, found

@@ -130,6 +130,7 @@ LOADED = {
     "fine-tuning": lambda path: start_from(network(), path),
     "conversion": lambda path: convert_weights(str(path), str(path.with_name("new.pt"))),
 }
+READ = {name: load for name, load in LOADED.items() if load is not load_model_settings}
 
 
 @pytest.mark.parametrize("load", LOADED.values(), ids=LOADED)
@@ -143,6 +144,19 @@ def test_weights_that_took_the_place_of_others_are_refused_with_both_hashes_and_
     )
     with pytest.raises(UserError, match=said):
         load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("load", READ.values(), ids=READ)
+def test_weights_that_are_not_finite_are_refused_with_the_tensor_and_what_to_do(load, value, files):
+    path = files["weights"][0]
+    state = network().state_dict()
+    state["bottleneck.0.conv1.weight"].view(-1)[3] = value
+    save_weights(state, path, {"size": "S"})
+    said = f"{path} holds NaN or infinity in bottleneck.0.conv1.weight; expected finite weights: .*--learning_rate"
+    with pytest.raises(UserError, match=said):
+        load(path)
+    assert not path.with_name("new.pt").exists()
 
 
 def test_weights_without_a_sha256_say_so_once(files, caplog, monkeypatch):

@@ -252,18 +252,36 @@ ckpt_export("network_def", filepath="model.ts", ckpt_file="{bundle_copy}/models/
         assert scripted(torch.zeros(1, 1, 32, 40, 32)).shape == (1, 3, 32, 40, 32)
 
 
-def test_two_processes_train_one_network_and_score_every_case_once(phantom_dir, tmp_path):
+KILLED = {  # the second process ends itself before the second epoch, the first time that it is started
+    "+imports": ["$import os", "$import ignite.engine as ignite"],
+    "kill": "$lambda: os.kill(os.getpid(), 9) if (os.environ['RANK'], @attempt) == ('1', '0') else None",
+    "attempt": "$os.environ['TORCHELASTIC_RESTART_COUNT']",
+    "run": [
+        "$@train#trainer.add_event_handler(ignite.Events.EPOCH_STARTED(once=2), @kill)",
+        "$@train#trainer.run()",
+    ],
+}
+
+
+def test_two_processes_train_one_network_also_when_one_is_killed_and_score_every_case_once(
+    phantom_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see docs/how-to/restarting.md
     show_weights = "$print('weights', dist.get_rank(), sum(p.double().sum().item() for p in @network.parameters()))"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    (tmp_path / "killed.json").write_text(json.dumps(KILLED))
+    configs = [*(f"configs/{name}.json" for name in ("train", "multi_gpu_train")), str(tmp_path / "killed.json")]
     done = bundle(
-        "training", *overlays("train", "multi_gpu_train"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
-        "--output_dir", tmp_path, "--fold", "all", "--epochs", 1, *TINY, *COARSE,
-        "--finalize", [show_weights, "$dist.destroy_process_group()"], launcher=launcher,
+        "training", "--config_file", configs, "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
+        "--output_dir", tmp_path, "--fold", "all", "--epochs", 2, *TINY, *COARSE, "--resume", "auto",
+        "--finalize", [show_weights, "$dist.destroy_process_group()"], launcher=(*launcher, "--max-restarts=1"),
     )  # fmt: skip
     sums = dict(re.findall(r"weights (\d) (\S+)", done.stdout))
     assert set(sums) == {"0", "1"}
     assert sums["0"] == sums["1"]
-    assert len(re.findall(r"^epoch 1/1", done.stdout, flags=re.MULTILINE)) == 1
+    for epoch in (1, 2):
+        assert len(re.findall(rf"^epoch {epoch}/2", done.stdout, flags=re.MULTILINE)) == 1
+    assert "resuming after epoch 1 of 2" in done.stdout
     assert not any(key.startswith("module.") for key in torch.load(tmp_path / "model.pt", weights_only=True))
 
     bundle(
