@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -181,10 +182,18 @@ def _claimed(partial: Path) -> Iterator[bool]:
 @functools.cache
 def _sweep(folder: Path) -> None:
     """Remove what processes that have ended left half written; those that still write hold a lock."""
-    for partial in filter(PARTIAL.search, map(str, folder.glob("*.part"))):
-        with suppress(OSError), _claimed(Path(partial)) as ended:
-            if ended:
-                _remove(Path(partial))
+    for partial in folder.glob("*.part"):
+        with suppress(OSError):
+            if PARTIAL.search(partial.name) and _begun(partial):
+                with _claimed(partial) as ended:
+                    if ended:
+                        _remove(partial)
+
+
+def _begun(partial: Path) -> bool:
+    """Say whether there is something in it; what is new and empty is about to be locked."""
+    content = any(partial.iterdir()) if partial.is_dir() else partial.stat().st_size
+    return bool(content) or time.time() - partial.stat().st_mtime > 60
 
 
 def _remove(partial: Path) -> None:

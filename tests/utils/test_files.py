@@ -140,6 +140,16 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_that_writes_there
     assert left == {"b", "c", "somebody's own"}
 
 
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_what_is_new_and_empty_is_about_to_be_written(make, tmp_path):
+    new, old = (tmp_path / f"{letter}.{letter * 32}.part" for letter in "ab")
+    make(new)
+    make(old)
+    os.utime(old, (0, 0))
+    write_text(tmp_path / "c", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"c", new.name}
+
+
 class TestCheckWritable:
     def test_nothing_is_left(self, tmp_path):
         check_writable(tmp_path, tmp_path / "a/b", need=1)
