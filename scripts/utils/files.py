@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ except ImportError:  # Windows
 
 STARTS = r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"  # of a formula, also in full width, marked or not
 PARTIAL = re.compile(r"\.[0-9a-f]{32}\.part$")  # of a file or folder that is being written
+TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")  # in what it raises instead of OSError
 FORMULA, MARKED = re.compile(STARTS), re.compile(f"'(?={STARTS})")
 
 
@@ -122,14 +124,21 @@ def explained(path: Path) -> Iterator[None]:
     """Say what could not be written, why, and what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as e:  # torch's own writer raises the latter
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).partition("\n")[0]
-        other = Path(str(getattr(e, "filename", None) or path))
-        where = "" if other == path or PARTIAL.search(other.name) else f": {other}"
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not TORCH_WRITER.search(str(e)):
+            raise
         raise UserError(
-            f"{path} could not be written ({reason}{where}); make room there or mend its permissions, or give another"
-            " folder."
+            f"{path} could not be written ({_reason(e, path)}); make room there or mend its permissions, or give"
+            " another folder."
         ) from e
+
+
+def _reason(error: OSError | RuntimeError, path: Path) -> str:
+    if isinstance(error, RuntimeError):
+        return "the disk takes no more"
+    other = Path(str(error.filename or path))  # the source, where that cannot be read
+    known = other == path or error.filename2 or PARTIAL.search(other.name)
+    return f"{error.strerror or error}{'' if known else f': {other}'}"
 
 
 @contextmanager
@@ -173,10 +182,18 @@ def _claimed(partial: Path) -> Iterator[bool]:
 @functools.cache
 def _sweep(folder: Path) -> None:
     """Remove what processes that have ended left half written; those that still write hold a lock."""
-    for partial in filter(PARTIAL.search, map(str, folder.glob("*.part"))):
-        with suppress(OSError), _claimed(Path(partial)) as ended:
-            if ended:
-                _remove(Path(partial))
+    for partial in folder.glob("*.part"):
+        with suppress(OSError):
+            if PARTIAL.search(partial.name) and _begun(partial):
+                with _claimed(partial) as ended:
+                    if ended:
+                        _remove(partial)
+
+
+def _begun(partial: Path) -> bool:
+    """Say whether there is something in it; what is new and empty is about to be locked."""
+    content = any(partial.iterdir()) if partial.is_dir() else partial.stat().st_size
+    return bool(content) or time.time() - partial.stat().st_mtime > 60
 
 
 def _remove(partial: Path) -> None:

@@ -67,8 +67,17 @@ WRITERS = {
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_disk_without_room_leaves_nothing_and_is_one_sentence(write, full, tmp_path):
-    with pytest.raises(UserError, match="a could not be written .*; make room there or mend its permissions, or give"):
+    with pytest.raises(UserError, match=r"a could not be written \((File too large|the disk takes no more)\); make"):
         write(tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_errors_of_torch_stay_what_they_are(tmp_path):
+    def fail(partial):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        write_whole(tmp_path / "a", fail)
     assert not [*tmp_path.iterdir()]
 
 
@@ -129,6 +138,16 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_that_writes_there
     alive.kill()
     alive.communicate()
     assert left == {"b", "c", "somebody's own"}
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_what_is_new_and_empty_is_about_to_be_written(make, tmp_path):
+    new, old = (tmp_path / f"{letter}.{letter * 32}.part" for letter in "ab")
+    make(new)
+    make(old)
+    os.utime(old, (0, 0))
+    write_text(tmp_path / "c", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"c", new.name}
 
 
 class TestCheckWritable:
