@@ -277,6 +277,7 @@ class TestLimit:
         tuned.clock.seconds = lambda run, device: (run(), 0.5)[1]
         assert chosen(tuned) is None
         assert chosen(tuned, block=KINDS[1]) is None  # at once
+        assert 0.7 <= tuned.spent < 2.5
         assert fast.runs == (runs := fast.runs)
         goes_on.set()
         (thread,) = [t for t in threading.enumerate() if t.name == "mednext measures kernels"] or [None]
