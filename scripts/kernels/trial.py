@@ -110,7 +110,8 @@ def attempt(use: Use, ours: Backend, clock: Clock, given_up: Event) -> Result:
     except Exception as e:  # whatever a compiler or a driver raises
         for_now = ran_out_of_memory(e)
         result = Result(left_out="out of memory" if for_now else _sentence(e), lasting=not for_now)
-    if use.device.type == "cuda" and not (result.left_out and result.lasting):  # a fault may have broken it, as `settle` tells
+    broke = result.left_out and result.lasting  # maybe the device, too, which `settle` tells
+    if use.device.type == "cuda" and not broke:
         torch.cuda.empty_cache()
     return result
 
