@@ -90,7 +90,7 @@ def test_any_content_of_the_file_is_survived_and_what_is_no_result_measured_agai
     file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     fake = Fake(seconds=2)
     tuned = tuner(fake)
-    assert tuned.remembered(torch.device("cpu"), NAME[:-8].removesuffix("4^3"), "fake") is None
+    assert tuned.remembered(torch.device("cpu"), NAME.removesuffix("4^3 voxels"), "fake") is None
     assert chosen(tuned) is None
     assert fake.runs > 0
     assert json.loads(file.read_text())["blocks"][NAME]["fake"]["ratio"] == 2
