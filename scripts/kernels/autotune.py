@@ -14,6 +14,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -63,7 +64,7 @@ class Tuner:
         self.machines: dict[torch.device, dict[str, str]] = {}
         self.results: dict[torch.device, Results] = {}
         self.news: dict[str, dict[str, Result]] = {}
-        self.where: object = None
+        self.where: Path | None = None  # the file that was written last
 
     def choose(self, x: Tensor, block: BlockKind) -> Backend | None:
         """Choose the fastest candidate for a block on x (N, C, D, H, W), or None: stock operators."""

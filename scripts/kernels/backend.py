@@ -38,12 +38,6 @@ class BlockKind(NamedTuple):
     hidden: int  # channels
     grn: bool
 
-    def name(self, channels: int, precision: str, autocast: bool) -> str:
-        """Name the kind with the channels and the precision of its input."""
-        how = "up" if self.transposed else "down" if self.stride > 1 else "in place"
-        widths = f"{channels} to {self.hidden} to {self.made} channels"
-        return f"{precision}{' autocast' * autocast}, k{self.kernel_size} {how}, {widths}{', GRN' * self.grn}"
-
 
 class Backend(Protocol):
     """One way to compute a block; all backends give, to rounding, the same numbers and gradients."""

@@ -18,10 +18,10 @@ from .backend import CHANNELS_LAST, Backend, BlockKind, Weights
 from .exactness import inexact
 from .reference import Reference
 
+VOXELS = r"(\d{1,6})\^3 voxels"  # the end of a use's name
 SIDE, CASES = 20, 2  # of what is checked in float64, at most: several tiles of every kernel, the last one not full
 FEWEST, MOST = 5, 15  # pairs of runs
-CLOSE = 2.0  # one of two is so many times as fast, at most; where it is more, two pairs that take long are enough
-VOXELS = r"(\d{1,6})\^3 voxels"
+CLOSE = 2.0  # where one of two is over so many times as fast, two pairs that take SECONDS are enough
 STEADY = 0.05  # spread of the pairs' ratios, as a share of their median, that ends the measurement
 SECONDS = 2.0  # that pairs take, at most, once there are enough
 UNLIKE = 0.05  # of what stock operators make at the size in use; half precision has a root mean square of 0.01 at worst
@@ -47,9 +47,10 @@ class Use(NamedTuple):
 
 def use_name(block: BlockKind, channels: int, dtype: torch.dtype, autocast: torch.dtype | None, trains: bool) -> str:
     """Begin the name of a use, with all but its voxels."""
-    precision = str(autocast or dtype).removeprefix("torch.")
-    of = block.name(channels, precision, autocast is not None)
-    return f"{of}, {'training' if trains else 'inference'}, about "
+    precision = str(autocast or dtype).removeprefix("torch.") + " autocast" * (autocast is not None)
+    how = "up" if block.transposed else "down" if block.stride > 1 else "in place"
+    widths = f"{channels} to {block.hidden} to {block.made} channels{', GRN' * block.grn}"
+    return f"{precision}, k{block.kernel_size} {how}, {widths}, {'training' if trains else 'inference'}, about "
 
 
 class Result(NamedTuple):
@@ -107,7 +108,8 @@ def attempt(use: Use, ours: Backend, clock: Clock, given_up: Event) -> Result:
     except Exception as e:  # whatever a compiler or a driver raises
         for_now = ran_out_of_memory(e)
         result = Result(left_out="out of memory" if for_now else _sentence(e), lasting=not for_now)
-    if use.device.type == "cuda" and not (result.left_out and result.lasting):
+    broke = result.left_out and result.lasting  # maybe the device, too, which `settle` tells
+    if use.device.type == "cuda" and not broke:
         torch.cuda.empty_cache()
     return result
 

@@ -277,6 +277,7 @@ class TestLimit:
         tuned.clock.seconds = lambda run, device: (run(), 0.5)[1]
         assert chosen(tuned) is None
         assert chosen(tuned, block=KINDS[1]) is None  # at once
+        assert 0.7 <= tuned.spent < 2.5
         assert fast.runs == (runs := fast.runs)
         goes_on.set()
         (thread,) = [t for t in threading.enumerate() if t.name == "mednext measures kernels"] or [None]
@@ -292,8 +293,10 @@ class TestSurroundings:
     def test_nothing_of_the_caller_changes(self):
         states = [torch.get_rng_state(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")]
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), torch.no_grad():
-            chosen(tuner(Fake()))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            assert chosen(tuner(Fake())) == "fake"
+        with torch.no_grad():
+            assert chosen(tuner(Fake())) == "fake"
         with torch.inference_mode():
             assert chosen(tuner(Fake())) == "fake"
         assert saved == []

@@ -49,6 +49,18 @@ def test_another_candidate_is_measured_where_one_is_known():
     assert a.runs == 0 < b.runs
 
 
+def test_a_measurement_depends_on_the_gpu_the_versions_and_the_sources(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "__version__", "3.1")
+    monkeypatch.setattr(torch.version, "cuda", "14.2")
+    monkeypatch.setattr(autotune_file, "version", lambda name: f"5.3 of {name}")
+    monkeypatch.setattr(autotune_file, "_sources", lambda: "abc")
+    versions = {"torch": "3.1", "triton": "5.3 of triton", "cuda": "14.2", "sources": "abc"}
+    assert autotune_file.machine(torch.device("cuda:1")) == {"gpu": "GPU 1", "capability": "9.0", **versions}
+    assert autotune_file.machine(torch.device("cpu")) == {"gpu": "cpu", "capability": "none", **versions}
+
+
 @pytest.mark.parametrize("what", ["gpu", "capability", "torch", "triton", "cuda", "sources"])
 def test_another_machine_or_version_is_measured_itself(what, cache, monkeypatch):
     chosen(tuner(Fake()))
@@ -78,7 +90,7 @@ def test_any_content_of_the_file_is_survived_and_what_is_no_result_measured_agai
     file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     fake = Fake(seconds=2)
     tuned = tuner(fake)
-    assert tuned.remembered(torch.device("cpu"), NAME[:-8].removesuffix("4^3"), "fake") is None
+    assert tuned.remembered(torch.device("cpu"), NAME.removesuffix("4^3 voxels"), "fake") is None
     assert chosen(tuned) is None
     assert fake.runs > 0
     assert json.loads(file.read_text())["blocks"][NAME]["fake"]["ratio"] == 2
