@@ -6,6 +6,7 @@ highdicom files with several frames.
 
 from __future__ import annotations
 
+import locale
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,11 @@ def _pixels(file: str, shape: Sequence[int], kind: np.dtype) -> np.ndarray:
 
 def _by_itk(file: str, header: Any) -> np.ndarray:
     """Let ITK's GDCM decode a file, and take its scale back."""
-    itk = require_package("SimpleITK", file)
-    values = itk.GetArrayFromImage(itk.ReadImage(file)).reshape(int(header.Rows), int(header.Columns))
+    itk, before = require_package("SimpleITK", file), locale.setlocale(locale.LC_ALL)
+    try:
+        values = itk.GetArrayFromImage(itk.ReadImage(file)).reshape(int(header.Rows), int(header.Columns))
+    finally:
+        locale.setlocale(locale.LC_ALL, before)  # GDCM sets the environment's, by which Python would read texts then
     slope, intercept = _scale(file, header)
     return np.rint((values.astype(np.float64) - intercept) / slope).astype(_kind(header))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import logging
 import shutil
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_compressed_pixels_are_read(syntax, voxels, tmp_path):
 
 @pytest.mark.parametrize("scale", [(1, -1024), (2, -1024)])
 def test_what_pydicom_cannot_decode_itk_does(scale, voxels, tmp_path):
+    before = locale.setlocale(locale.LC_ALL)
     folder = save_slices(tmp_path / "s", slices(np.abs(voxels), AFFINE, scales=[(1, 0)] * 6), shuffle=False)
     writer = SimpleITK.ImageFileWriter()
     writer.SetImageIO("GDCMImageIO")
@@ -176,8 +178,10 @@ def test_what_pydicom_cannot_decode_itk_does(scale, voxels, tmp_path):
         assert made.file_meta.TransferSyntaxUID == JPEGLosslessSV1
         made.RescaleSlope, made.RescaleIntercept = scale
         made.save_as(writer.GetFileName())
+    locale.setlocale(locale.LC_ALL, before)
     assert not get_decoder(JPEGLosslessSV1).is_available
     require_same(folder, np.abs(voxels) * float(scale[0]) + scale[1])
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_compressed_pixels_that_are_none_are_named(voxels, tmp_path):
