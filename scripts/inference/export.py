@@ -183,7 +183,7 @@ def require_format(scan: str | None, kind: str) -> None:
         require_package(PACKAGES[kind], scan)
 
 
-def _nifti(path: Path, mask: np.ndarray, scan: Scan) -> None:
+def _nifti(partial: Path, mask: np.ndarray, scan: Scan) -> None:
     if scan.is_of(NIFTI):
         header = open_image(str(scan.path)).header.copy()
         header.set_intent("none")
@@ -193,12 +193,12 @@ def _nifti(path: Path, mask: np.ndarray, scan: Scan) -> None:
         image = new_image(mask, np.asarray(scan.affine))
     image.header.set_data_dtype(mask.dtype)
     image.header.set_slope_inter(1, 0)
-    path.write_bytes(gzip.compress(image.to_bytes(), 6))
+    partial.write_bytes(gzip.compress(image.to_bytes(), 6))
 
 
-def _itk(path: Path, mask: np.ndarray, scan: Scan, ending: str) -> None:
+def _itk(partial: Path, mask: np.ndarray, scan: Scan, ending: str) -> None:
     """Write with SimpleITK, which chooses the format by the ending and knows what 2D scans and sheared grids may be."""
-    itk = require_package("SimpleITK", path)
+    itk = require_package("SimpleITK", partial)
     image = itk.GetImageFromArray(mask.T)
     affine = from_lps(np.asarray(scan.affine, np.float64))
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -209,10 +209,10 @@ def _itk(path: Path, mask: np.ndarray, scan: Scan, ending: str) -> None:
         _copy_place(str(scan.path), image)
     for key, value in (slicer_segments(mask.shape, scan.labels) if ending == ".nrrd" else {}).items():
         image.SetMetaData(key, value)
-    made = path.with_name(path.name + ending)
+    made = partial.with_name(partial.name + ending)
     try:
         itk.WriteImage(image, str(made), True)
-        made.replace(path)
+        made.replace(partial)
     finally:
         made.unlink(missing_ok=True)
 
@@ -250,13 +250,13 @@ def slicer_segments(shape: Sequence[int], labels: Mapping[int, str]) -> dict[str
     return fields
 
 
-def _png(path: Path, mask: np.ndarray, scan: Scan) -> None:
+def _png(partial: Path, mask: np.ndarray, scan: Scan) -> None:
     if mask.shape[2] > 1:
         raise UserError(
             f"{scan.path} has {mask.shape[2]} slices; expected one for a png mask: give --output_format nii.gz."
         )
     pixels = mask[:, :, 0].T.astype(np.uint8 if mask.max() < 256 else np.uint16)
-    Image.fromarray(np.ascontiguousarray(pixels)).save(path, "png")
+    Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format="png")
 
 
 WRITERS: dict[str, Callable[[Path, np.ndarray, Scan], None]] = {  # by MASK_ENDINGS
