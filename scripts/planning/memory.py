@@ -17,6 +17,8 @@ MARGIN = 1.2  # of what is kept for the backward pass: what a layer needs while 
 def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
     """Count the bytes that the forward pass keeps for the backward pass, each storage once, parameters left out.
 
+    The outputs and their gradient belong to it: training's loss keeps and makes nothing else of that size.
+
     Both may be on the meta device: then nothing is computed and the answer is the same.
     """
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
@@ -29,8 +31,9 @@ def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network(image)  # noqa: F841 (its graph holds what is counted)
-    return sum(storage.nbytes() for storage in kept.values())
+        outputs = network(image)  # its graph holds what is counted
+    of_loss = [2 * output.nbytes for output in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
+    return sum(storage.nbytes() for storage in kept.values()) + sum(of_loss)
 
 
 def largest_batch(

@@ -30,3 +30,12 @@ def test_counting_without_computing_gives_the_same(style):
 def test_the_kernels_of_a_cpu_keep_less_than_recomputing_the_wide_layers_does():
     assert kept(None, device="cpu") == kept("expansion", device="cpu") < 0.7 * kept("expansion")
     assert kept("block", device="cpu") < 0.55 * kept(None, device="cpu")
+
+
+def test_logits_and_their_gradient_are_counted_with_every_class():
+    with torch.device("meta"):
+        few, many = (
+            kept_bytes(create_mednext(1, n, "S", deep_supervision=False), torch.zeros(1, 1, 32, 32, 32))
+            for n in (3, 143)
+        )
+    assert many - few == 2 * 4 * 140 * 32**3
