@@ -36,15 +36,39 @@ def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values()) + sum(of_loss)
 
 
+def step_bytes(
+    patch: Sequence[int],
+    channels: int,
+    classes: int,
+    size: str = "S",
+    kernel_size: int = 3,
+    batch: int = 2,
+    style: str | None = None,
+) -> float:
+    """Return the bytes that a training step takes at its peak, in float32; under autocast it takes less.
+
+    Args:
+        patch: voxels.
+        channels: of the image.
+        classes: of the output.
+        size: row of the table of sizes.
+        kernel_size: depthwise kernel.
+        batch: patches in a step.
+        style: checkpoint_style of the network.
+    """
+    with torch.device("meta"):
+        network = create_mednext(channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style)
+        one = MARGIN * kept_bytes(network, torch.empty(1, channels, *patch))
+    return OPTIMIZER_BYTES * sum(p.numel() for p in network.parameters()) + batch * one
+
+
 def largest_batch(
     patch: Sequence[int], channels: int, classes: int, size: str, kernel_size: int, gigabytes: float
 ) -> tuple[int, str | None]:
     """Return (patches in a step, checkpoint_style) that fit; 2 at least as published if recomputing makes room.
 
-    Counted in float32; under autocast less is needed.
-
     Args:
-        patch: voxels.
+        patch: voxels; so with what follows, see `step_bytes`.
         channels: of the image.
         classes: of the output.
         size: row of the table of sizes.
@@ -55,15 +79,10 @@ def largest_batch(
         UserError: two patches do not fit even with all blocks computed again.
     """
     for style in (None, "expansion", "block"):
-        with torch.device("meta"):
-            network = create_mednext(
-                channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style
-            )
-            one = MARGIN * kept_bytes(network, torch.empty(1, channels, *patch))
-        fixed = OPTIMIZER_BYTES * sum(p.numel() for p in network.parameters())
-        if (fits := int((gigabytes * 1e9 - fixed) // one)) >= 2:
+        none, two = (step_bytes(patch, channels, classes, size, kernel_size, n, style) for n in (0, 2))
+        if (fits := int(2 * (gigabytes * 1e9 - none) // (two - none))) >= 2:
             return fits, style
     raise UserError(
-        f"memory_gb is {gigabytes}; MedNeXt {size} needs {(fixed + 2 * one) / 1e9:.1f} GB for two patches of"
+        f"memory_gb is {gigabytes}; MedNeXt {size} needs {two / 1e9:.1f} GB for two patches of"
         f" {list(patch)} even with every block computed again: give more, a smaller --size, or a coarser --spacing."
     )

@@ -295,7 +295,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
 }  # fmt: skip
 
 PLANNING = {  # where planning takes more than the other commands do
-    "spacing": Kind(f"{spacing.words}, or median", _either(_one_of("median"), three_lengths)),
+    "spacing": Kind(f"{spacing.words}, median or mixed", _either(_one_of("median", "mixed"), three_lengths)),
 }
 
 

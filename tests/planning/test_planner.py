@@ -13,7 +13,8 @@ from scripts.data.datasets import Dataset
 from scripts.planning.fingerprint import QUANTILES, dataset_fingerprint
 from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.memory import largest_batch
-from scripts.planning.planner import intensity_schemes, plan_training, target_patch_size, target_spacing
+from scripts.planning.planner import intensity_schemes, plan_training
+from scripts.planning.spacing import target_patch_size
 from scripts.utils.errors import UserError
 
 
@@ -21,6 +22,8 @@ def record(spacing=(1.0, 1.0, 1.0), shape=(200, 200, 200), cropped=None, values=
     values = np.linspace(-200.0, 400.0, 1000) if values is None else values
     moments = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
     return {
+        "file": "case.nii.gz",
+        "channels": [moments],
         "shape": list(shape),
         "spacing": list(spacing),
         "cropped": list(cropped or shape),
@@ -79,14 +82,6 @@ def test_patches_are_128_or_the_median_case(shape, spacing, expected):
     assert target_patch_size(shape, spacing) == expected
 
 
-def test_median_spacing_is_nnunets_with_thick_slices_at_their_tenth_percentile():
-    assert target_spacing([record((0.7, 0.7, 1.0)), record((0.8, 0.8, 1.5)), record((0.9, 0.9, 2.0))]) == [
-        0.8, 0.8, 1.5
-    ]  # fmt: skip
-    thick = [record((0.8, 0.8, s), (400, 400, 40)) for s in (3.0, 5.0, 5.0, 5.0, 6.0)]
-    assert target_spacing(thick) == [0.8, 0.8, pytest.approx(np.percentile([3, 5, 5, 5, 6], 10))]
-
-
 def test_a_memory_budget_sets_batch_and_recomputing():
     patch = [64, 64, 64]
     few, style = largest_batch(patch, 1, 3, "S", 3, 5.0)
@@ -136,7 +131,8 @@ class TestCommand:
         assert {key.split("#")[0] for key in overlay} <= panel.keys()
         assert overlay["patch_size"] == [48, 48, 48]
         assert overlay["checks#planned_for"]["labels"] == ["background", "low", "middle", "high"]
-        assert {"patch_size", "intensity", "batch_dice"} <= overlay["checks#planned_for"]["because"].keys()
+        assert overlay["spacing"] == [1.0, 1.0, 1.0]
+        assert {"spacing", "patch_size", "intensity", "batch_dice"} <= overlay["checks#planned_for"]["because"].keys()
         fingerprint = json.loads((planned / "fingerprint.json").read_text())
         assert len(fingerprint["spacings"]) == len(Dataset(phantom_dir).cases)
         assert (planned / "fingerprint.png").read_bytes().startswith(b"\x89PNG")
