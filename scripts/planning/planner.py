@@ -22,11 +22,11 @@ from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
 from .memory import largest_batch
-from .spacing import ANISOTROPY, PATCH, median_shape, recommended_spacing, target_patch_size, training_grid
+from .spacing import PATCH, median_shape, recommended_spacing, target_patch_size, training_grid
+from .traits import rotate_range, traits
 
 MASK_BELOW = 0.75  # nnU-Net normalises within the non-zero voxels where cropping leaves less than this of the volume
 BY_NAME = {"nonorm": "none", "rescale_to_0_1": "rescale_to_0_1", "rgb_to_0_1": "rgb_to_0_1"}  # of channels
-ROTATION = 0.5236  # radians, 30 degrees as published
 ESTIMATE = "times are estimates, from one small step on {}, without reading data"
 TWO_STAGES = 4.0  # patches in the median case from which on nnU-Net adds a low resolution, and uses batch Dice
 
@@ -75,7 +75,7 @@ def plan_training(
     grid = training_grid(records, spacing)
     shape = median_shape(records, grid)
     patch = target_patch_size(shape, grid)
-    thick = int(np.argmax(grid)) if max(grid) > ANISOTROPY * min(grid) else None
+    settings, reasons = traits(records, data.labels.names, data.labels.index_names)
     patches_in_case = float(np.prod(shape) / np.prod(patch))
     batch, style = 2, None
     if memory_gb is not None:
@@ -88,7 +88,8 @@ def plan_training(
         "patch_size": f"{PATCH} voxels; the median case has {[round(float(n)) for n in shape]} on this grid",
         "batch_size": "as published" if memory_gb is None else f"what fits {memory_gb} GB in float32",
         "batch_dice": f"nnU-Net's rule, from 4 patches a case on; the median has {patches_in_case:.1f}",
-        "rotate_range": "30 degrees; about the thick axis alone where voxels are over 3 times as thick",
+        "rotate_range": "30 degrees; where voxels are over 3 times as thick half a turn, about that axis alone",
+        **reasons,
     }
     overlay = {
         "checks#planned_for": {
@@ -104,7 +105,8 @@ def plan_training(
         "patch_size": patch,
         "batch_size": batch,
         "train#batch_dice": patches_in_case >= TWO_STAGES,
-        "train#rotate_range": [ROTATION if thick in (None, axis) else 0.0 for axis in range(3)],
+        "train#rotate_range": rotate_range(grid),
+        **settings,
     }
     if memory_gb is not None:
         overlay["network_def#checkpoint_style"] = style

@@ -283,6 +283,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
         'three angles in radians, from 0 to a whole turn, for example "[0.5236,0.5236,0.5236]"',
         _several(_number(0, TURN), 3),
     ),
+    "train#rare_label_share": Kind("a share, from 0 to below 1, for example 0.1", _number(0, 1, below=True)),
     "checks#planned_for": described,
     "checks#recipe": described,
     "network_def#checkpoint_style": _optional(

@@ -27,6 +27,7 @@ def record(spacing=(1.0, 1.0, 1.0), shape=(200, 200, 200), cropped=None, values=
         "shape": list(shape),
         "spacing": list(spacing),
         "cropped": list(cropped or shape),
+        "labels": [100] * 4,
         "foreground": [{**moments, "quantiles": np.quantile(values, QUANTILES).tolist()}],
     }
 
@@ -104,7 +105,8 @@ def test_large_cases_get_batch_dice_and_thick_voxels_no_tilt(phantom_dir):
     small = plan_training(Dataset(phantom_dir), [record(shape=(128, 128, 128))])
     assert small["train#batch_dice"] is False
     thick = plan_training(Dataset(phantom_dir), [record((1.0, 1.0, 5.0), (300, 300, 40))], spacing="median")
-    assert thick["train#rotate_range"] == [0.0, 0.0, 0.5236]
+    assert thick["train#rotate_range"] == [0.0, 0.0, 3.1416]
+    assert not {"mirror_axes", "train#rare_label_share"} & thick.keys()
     assert plan_training(Dataset(phantom_dir), [record(cropped=(100, 150, 200))])["crop_to_nonzero"] is True
 
 
@@ -191,4 +193,6 @@ def test_the_hippocampus_is_planned_as_its_recipe_says(tmp_path):
     overlay = plan_training(data, fingerprint_cases(data.cases, 1, data.labels, str(tmp_path / "memory.json")))
     recipe = json.loads((ROOT / "configs/recipes/hippocampus.json").read_text())
     assert overlay["patch_size"] == recipe["patch_size"]
+    assert not {"mirror_axes", "train#rare_label_share"} & overlay.keys()
+    assert overlay["train#rotate_range"] == [0.5236] * 3
     assert (overlay["intensity"], overlay["crop_to_nonzero"], overlay["train#batch_dice"]) == ("zscore", False, False)
