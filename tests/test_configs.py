@@ -140,6 +140,7 @@ def test_overlays_only_touch_what_exists(names):
                 "postprocessing_file",
                 "save_predictions",
                 "nsd_tolerance_mm",
+                "lesion_scores",
                 "report",
                 "evaluating",
                 "decide",

@@ -16,7 +16,7 @@ from ..data.grid import record_faults
 from ..kernels.precision import CpuPrecision
 from ..mednext import create_mednext
 from ..utils.device import amp_kwargs, set_cpu_defaults
-from .memory import step_bytes
+from .memory import cpu_step_bytes, step_bytes
 from .spacing import ANISOTROPY, BY_NAME, PUBLISHED, STEP, count, median_shape, target_patch_size
 
 ITERATIONS, BATCH = 250, 2  # of an epoch, as published
@@ -78,6 +78,7 @@ def compare_grids(records: Sequence[dict], network: Network, grid: Sequence[floa
         speed: see `measure_speed`.
     """
     named = {"planned": list(grid), "1 mm": list(PUBLISHED), **{name: rule(records) for name, rule in BY_NAME.items()}}
+    bytes_of = step_bytes if torch.cuda.is_available() else cpu_step_bytes
     lines = []
     for edges in dict.fromkeys(map(tuple, named.values())):
         shape = median_shape(records, edges)
@@ -94,7 +95,7 @@ def compare_grids(records: Sequence[dict], network: Network, grid: Sequence[floa
         million = math.prod(patch) / 1e6
         lines.append(
             f"{start}; patch {_by(patch)} sees {100 * seen:.0f} % of it;"
-            f" {step_bytes(patch, *network, batch=BATCH) / 1e9:.1f} GB a step of {BATCH} patches in float32,"
+            f" {bytes_of(patch, *network, batch=BATCH) / 1e9:.1f} GB a step of {BATCH} patches,"
             f" {_duration(ITERATIONS * BATCH * million * speed.train)} an epoch,"
             f" {_duration(windows * million * speed.predict)} a scan"
         )

@@ -27,7 +27,7 @@ from .traits import rotate_range, traits
 
 MASK_BELOW = 0.75  # nnU-Net normalises within the non-zero voxels where cropping leaves less than this of the volume
 BY_NAME = {"nonorm": "none", "rescale_to_0_1": "rescale_to_0_1", "rgb_to_0_1": "rgb_to_0_1"}  # of channels
-ESTIMATE = "times are estimates, from one small step on {}, without reading data"
+ESTIMATE = "times are estimates for {}, from one small step, without reading data; memory is counted for it"
 TWO_STAGES = 4.0  # patches in the median case from which on nnU-Net adds a low resolution, and uses batch Dice
 
 
@@ -163,7 +163,8 @@ def write_plan(
     path.write_text(text)
     found = dataset_fingerprint(usable)
     path.with_name("fingerprint.json").write_text(json.dumps(found, indent=4) + "\n")
-    draw_fingerprint(usable, data.labels.index_names, overlay["spacing"], path.with_name("fingerprint.png"))
+    names = data.labels.index_names
+    draw_fingerprint(usable, names, data.channels, overlay["spacing"], path.with_name("fingerprint.png"))
     planned = {key.split("#")[-1]: value for key, value in overlay.items() if not key.endswith("planned_for")}
     print(f"{len(usable)} cases: " + ", ".join(f"{key} {value}" for key, value in planned.items()))
     print(f"wrote {path}, fingerprint.json and fingerprint.png beside it")

@@ -262,7 +262,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     **dict.fromkeys(("output", "folder", "fingerprint_file", "checks#fingerprint#fingerprint_file"), path),
     **dict.fromkeys(("init_weights", "postprocessing_file"), _optional(path)),
     **dict.fromkeys(("resume", "skip_existing", "tta", "amp", "compile"), switch),
-    **dict.fromkeys(("save_predictions", "train#batch_dice"), switch),
+    **dict.fromkeys(("save_predictions", "lesion_scores", "train#batch_dice"), switch),
     **dict.fromkeys(("epochs", "iterations", "batch_size", "val_interval"), count),
     "ensemble": files,
     "seed": Kind("an integer from 0 on, below 2^63", _whole(0, 2**63 - 1)),
