@@ -22,7 +22,7 @@ from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
 from .memory import largest_batch
-from .spacing import PATCH, median_shape, recommended_spacing, target_patch_size, training_grid
+from .spacing import PATCH, PUBLISHED, median_shape, recommended_spacing, target_patch_size, training_grid
 from .traits import rotate_range, traits
 
 MASK_BELOW = 0.75  # nnU-Net normalises within the non-zero voxels where cropping leaves less than this of the volume
@@ -114,8 +114,8 @@ def plan_training(
 
 
 def _why_spacing(records: Sequence[dict], spacing: str | Sequence[float]) -> str:
-    given = "1 mm as published, or as asked for"
     names = {"median": "nnU-Net's median rule", "mixed": "the median; where slices are few, 1 mm or the plane's edge"}
+    given = "1 mm as published" if list(spacing) == list(PUBLISHED) else "as asked for"
     advice, reason = recommended_spacing(records)
     said = f"--spacing {advice}" if advice else "1 mm"
     return f"{names.get(str(spacing), given)}; recommended: {said}, since {reason}"

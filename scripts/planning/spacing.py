@@ -88,8 +88,8 @@ def recommended_spacing(records: Sequence[dict]) -> tuple[str | None, str]:
     if COARSER * finest[1] < 1:
         return name, f"1 mm merges {1 / finest[1]:.2g} voxels along each axis of the plane into one"
     if made > INVENTED * instead:
-        return name, f"{voxels}, this grid {count(instead)}"
-    return None, f"{voxels}, and keeps what the plane resolves"
+        return name, voxels if mixed == median else f"{voxels}, this grid {count(instead)}"
+    return None, voxels
 
 
 def count(voxels: float) -> str:

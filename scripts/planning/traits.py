@@ -57,9 +57,9 @@ def traits(
     because = {}
     if pairs := paired_labels(names):
         settings["mirror_axes"] = [axis for axis in range(3) if axis != ACROSS]
+        example = f"{pairs[0][0]}, {pairs[0][1]}; pairs: {len(pairs)}"
         because["mirror_axes"] = (
-            f"{len(pairs)} pairs of labels differ in their side alone, by their names ({pairs[0][0]}, {pairs[0][1]}):"
-            " a mirrored left is no right"
+            f"labels that differ in their side alone, by their names ({example}): a mirrored left is no right"
         )
     if rare := rare_labels(records, index_names):
         settings["train#rare_label_share"] = RARE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ def test_it_can_be_read_with_any_number_of_labels(labels, tmp_path):
     boxes = [text.get_window_extent() for text in volumes.get_yticklabels()]
     assert len(boxes) == labels
     edges = sorted((box.y0, box.y1) for box in boxes)
-    assert all(low[1] <= high[0] + 1 for low, high in zip(edges, edges[1:], strict=False))  # none over another
+    assert all(low[1] <= high[0] + 1 for low, high in pairwise(edges))  # none over another
     assert all("math" not in text.get_text() for text in volumes.get_xticklabels())
     shown = {text.get_text() for panel in figure.axes if panel.get_legend() for text in panel.get_legend().get_texts()}
     assert "T1 $^$" in shown

@@ -59,3 +59,4 @@ def test_the_recommendation_follows_from_voxels(records, name, reason):
     found = recommended_spacing(records)
     assert found[0] == name
     assert found[1].startswith(reason)
+    assert ("this grid" in found[1]) == ("this grid" in reason)

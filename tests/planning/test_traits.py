@@ -56,7 +56,9 @@ def test_every_pair_counts():
     names = [f"{side}-Region{i}" for side in ("Left", "Right") for i in range(71)]
     settings, because = traits([{"labels": [9] * 143}], ["background", *names], ["background", *names])
     assert settings == {"mirror_axes": [1, 2]}
-    assert because["mirror_axes"].startswith("71 pairs of labels differ in their side alone, by their names (Left-Reg")
+    assert because["mirror_axes"].startswith(
+        "labels that differ in their side alone, by their names (Left-Region0, Right-Region0; pairs: 71): "
+    )
 
 
 def test_rare_labels_are_those_of_under_a_tenth_of_the_cases():

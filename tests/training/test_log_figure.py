@@ -37,9 +37,12 @@ def drawn(rows, tmp_path, monkeypatch) -> Figure:
     """Draw, and return the figure."""
     found = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **options: (found.append(figure), save(figure, *args, **options))
-    )
+
+    def keep(figure, *args, **options):
+        found.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     draw_log(rows, tmp_path / "progress.png")
     return found[0]
 
