@@ -17,7 +17,7 @@ from ..data.visualization import COLOURS
 
 SMOOTHING = 0.9  # share of the past an epoch in nnU-Net's moving average of the Dice (nnunet_logger.py)
 NAMED = 20  # classes that the legend has room for
-LONGEST = 30  # characters of a name in the legend
+LONGEST = 26  # characters of a name in the legend
 GREY = (0.8, 0.8, 0.8)
 
 Row = Mapping[str, float]
