@@ -24,6 +24,7 @@ COMMANDS = {  # name -> module, function, what it does
     "benchmark_cpu": ("benchmarks.cpu", "bench", "time this network beside others on this CPU"),
     "benchmark_gpu": ("benchmarks.gpu", "bench", "time this network beside others on this GPU, and tune its kernels"),
     "benchmark_memory": ("benchmarks.memory", "memory", "what a training step keeps, for each way of checkpointing"),
+    "benchmark_peak": ("benchmarks.peak", "peak", "the most memory of a training step on this CPU, and its prediction"),
     "compile_triton": ("benchmarks.compile_triton", "report", "compile the Triton kernels for GPUs that are not there"),
 }
 

@@ -143,6 +143,7 @@ def test_overlays_only_touch_what_exists(names):
                 "save_predictions",
                 "nsd_tolerance_mm",
                 "patience_minutes",
+                "lesion_scores",
                 "report",
                 "evaluating",
                 "decide",

@@ -17,7 +17,7 @@ ROOMS = {  # from the ground up: room -> the rooms below that it may import; uti
     "mednext": {"utils", "kernels", "blocks"},
     "weights": {"utils", "mednext"},
     "data": {"utils"},
-    "planning": {"utils", "data", "mednext"},
+    "planning": {"utils", "kernels", "blocks", "data", "mednext"},
     "preprocessing": {"utils", "data"},
     "inference": {"utils", "kernels", "mednext", "weights", "data", "preprocessing"},
     "training": {"utils", "kernels", "mednext", "weights", "data", "preprocessing"},

@@ -13,8 +13,9 @@ from scipy.stats import bootstrap, wilcoxon
 
 from ..utils.errors import UserError
 from ..utils.files import check_writable, read_table, write_table, write_whole
-from .tables import METRICS
+from .tables import DETECTION, METRICS, metrics_of
 
+TITLES = METRICS | DETECTION
 SEED, RESAMPLES, CONFIDENCE = 0, 9999, 0.95
 Table = dict[tuple[str, str], dict[str, float]]  # (case, class) -> score -> value
 
@@ -43,7 +44,8 @@ def compare_scores(one: str, other: str, output_dir: str = "comparison") -> None
     classes = list(dict.fromkeys(label for case, label in first if (case, label) in common))
     rows = []
     drawn: dict[str, np.ndarray] = {}
-    for metric in METRICS:
+    metrics = [m for m in TITLES if all(m in scores for table in (first, second) for scores in table.values())]
+    for metric in metrics:
         values = np.array(
             [[[_score(table, c, k, metric) for k in classes] for c in cases] for table in (first, second)]
         )
@@ -65,7 +67,8 @@ def _scores(folder: str) -> Table:
         raise UserError(f"{file} not found; give the folder of an evaluation: run evaluating, or score_masks, first.")
     rows = read_table(file)
     try:
-        return {(row["case"], row["label"]): {metric: float(row[metric]) for metric in METRICS} for row in rows}
+        metrics = metrics_of(rows)
+        return {(row["case"], row["label"]): {metric: float(row[metric]) for metric in metrics} for row in rows}
     except (KeyError, ValueError) as e:
         raise UserError(f"{file} is not a table of scores ({e}); expected case, label, {', '.join(METRICS)}.") from e
 
@@ -115,7 +118,7 @@ def _figure(drawn: dict[str, np.ndarray], one: str, other: str) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, len(drawn))
     for (metric, difference), axis in zip(drawn.items(), axes, strict=True):
-        _draw(axis, np.sort(difference[np.isfinite(difference)]), METRICS[metric])
+        _draw(axis, np.sort(difference[np.isfinite(difference)]), TITLES[metric])
     figure.suptitle(f"{_short(other)} minus {_short(one)}, a bar a case, sorted", fontsize=10)
     return figure
 
@@ -138,7 +141,7 @@ def _say(rows: list[dict[str, Any]], one: str, other: str, folder: Path, unpaire
     print(f"one is {one}, other {other}")
     for row in rows:
         print(
-            f"{row['label']:20} {METRICS[row['score']]:10} {row['one']:9.4f} -> {row['other']:9.4f}"
+            f"{row['label']:20} {TITLES[row['score']]:10} {row['one']:9.4f} -> {row['other']:9.4f}"
             f"  {row['difference']:+.4f} [{row['interval_low']:+.4f}, {row['interval_high']:+.4f}]"
             f"  p {row['wilcoxon_p']:.2g}  {row['cases']} cases, {row['left_out']} left out"
         )

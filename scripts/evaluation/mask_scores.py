@@ -28,7 +28,12 @@ logger = logging.getLogger("mednext")
 
 
 def score_masks(
-    masks: str, references: str, output_dir: str = "scores", dataset: str | None = None, nsd_tolerance_mm: float = 1.0
+    masks: str,
+    references: str,
+    output_dir: str = "scores",
+    dataset: str | None = None,
+    nsd_tolerance_mm: float = 1.0,
+    lesion_scores: bool = False,
 ) -> None:
     """Score each reference's mask, and write the tables of an evaluation: `cases.csv`, `summary.csv`, `summary.json`.
 
@@ -40,6 +45,7 @@ def score_masks(
         dataset: dataset.json with the names of labels or regions; by default that beside the references or above
             them. Without one, every value above 0 that occurs is a class.
         nsd_tolerance_mm: distance within which the surface Dice counts surfaces as equal.
+        lesion_scores: whether the detection of connected components is scored, too, see `lesions.py`.
 
     Raises:
         UserError: a reference without a mask, two files of one case, grids that differ, or values that dataset.json
@@ -65,7 +71,7 @@ def score_masks(
         check_same_grid(mask.path, mask.geometry, reference.path, reference.geometry)
         predicted, truth = (_indices(one, labels) for one in (mask, reference))
         scores = score_case(
-            predicted, truth, reference.geometry.spacing, classes, nsd_tolerance_mm, labels.ignore_index
+            predicted, truth, reference.geometry.spacing, classes, nsd_tolerance_mm, labels.ignore_index, lesion_scores
         )
         rows += [{"case": case, **row} for row in scores]
     write_tables(output_dir, rows, list(classes), nsd_tolerance_mm)

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance, compute_surface_dice
 
+from .lesions import lesion_scores
 from .tables import METRICS, write_tables
 
 
@@ -30,6 +31,7 @@ def score_case(
     classes: Mapping[str, Sequence[int]],
     tolerance: float = 1.0,
     ignore: int | None = None,
+    lesions: bool = False,
 ) -> list[dict]:
     """Score one mask: a row of Dice, NSD, HD95 and counts of voxels for each class.
 
@@ -43,6 +45,7 @@ def score_case(
         classes: name of each class and the labels that belong to it, see `data.labels`.
         tolerance: distance in mm within which the surface Dice counts surfaces as equal.
         ignore: label of the reference whose voxels count nowhere, or None.
+        lesions: whether detection is scored, too, see `lesions.lesion_scores`.
     """
     rows = []
     ignored = None if ignore is None else reference == ignore
@@ -54,7 +57,8 @@ def score_case(
         else:
             scores = (0.0, 0.0, math.inf) if any(voxels) else (math.nan,) * 3
         counts = {"predicted_voxels": voxels[0], "reference_voxels": voxels[1]}
-        rows.append({"label": name, **counts, **dict(zip(METRICS, scores, strict=True))})
+        detection = lesion_scores(predicted[0, 0].numpy(), wanted[0, 0].numpy()) if lesions else {}
+        rows.append({"label": name, **counts, **dict(zip(METRICS, scores, strict=True)), **detection})
     return rows
 
 
@@ -111,12 +115,19 @@ class CaseScores:
         classes: name of each class and the labels that belong to it.
         tolerance: distance in mm within which the surface Dice counts surfaces as equal.
         ignore: label of the reference whose voxels count nowhere, or None.
+        lesions: whether detection is scored, too, see `lesions.lesion_scores`.
     """
 
     def __init__(
-        self, folder: str, classes: Mapping[str, Sequence[int]], tolerance: float = 1.0, ignore: int | None = None
+        self,
+        folder: str,
+        classes: Mapping[str, Sequence[int]],
+        tolerance: float = 1.0,
+        ignore: int | None = None,
+        lesions: bool = False,
     ) -> None:
         self.folder, self.classes, self.tolerance, self.ignore = Path(folder), classes, tolerance, ignore
+        self.lesions = lesions
         self.rows: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
@@ -131,7 +142,7 @@ class CaseScores:
             prediction, reference = output["pred"], output["label"]
             spacing = reference.affine[:3, :3].norm(dim=0).tolist()
             masks = prediction.as_tensor().cpu(), reference.as_tensor().cpu()
-            rows = score_case(*masks, spacing, self.classes, self.tolerance, self.ignore)
+            rows = score_case(*masks, spacing, self.classes, self.tolerance, self.ignore, self.lesions)
             case = batch.get("case", prediction.meta.get("case"))  # a host may give an image and a label alone
             self.rows += [{"case": case, **row} for row in rows]
 

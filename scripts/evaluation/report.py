@@ -32,11 +32,16 @@ from ..data.scans import image_files, mask_file
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, sha256, write_text
 from ..weights import model_settings
-from .tables import METRICS
+from .tables import metrics_of
 
-DECIMALS = {"dice": 3, "nsd": 3, "hd95_mm": 2}
+DECIMALS = {"dice": 3, "nsd": 3, "hd95_mm": 2, "lesion_f1": 3}
 VIEW = "LAS"  # the first voxel is the patient's right, rear, lowest: radiological once rows run from top to bottom
 PLANES = ("sagittal", "coronal", "axial")  # across x, y, z
+MANY = 20  # classes; the boxes of more lie closer together
+DETECTED = (
+    " Lesion F1: 1 is best; a component of the reference is found where at least one voxel of it is predicted,"
+    " one of the prediction is false where none of it is in the reference."
+)
 READING = (
     "<p>From left to right: scan, reference, prediction, in the slice with most labelled voxels. The patient's right is"
     " on the left, in sagittal slices the front is on the right.</p>"
@@ -87,6 +92,8 @@ def write_report(
         headline=f"Mean Dice <b>{_number(summary[-1], 'dice')}</b>, cases: {len(means)}, classes: {len(classes)}.",
         summary=_summary(summary),
         tolerance=f"{tolerance:g}",
+        detection=DETECTED if "lesion_f1" in metrics_of(rows) else "",
+        columns=len(metrics_of(rows)),
         boxes=_box_plots(rows, classes),
         pictures=pictures,
         cases=_cases(rows, means, classes),
@@ -120,10 +127,14 @@ def _row(name: object, cells: Iterable[object]) -> str:
 
 
 def _summary(summary: Sequence[dict]) -> str:
-    heads = ["Class", "Cases", *METRICS.values(), "In neither mask", "In one mask only"]
+    metrics = metrics_of(summary)
+    detected = ["Lesions found", "False lesions"] if "lesion_f1" in metrics else []
+    heads = ["Class", "Cases", *metrics.values(), *detected, "In neither mask", "In one mask only"]
     lines = ["<thead><tr>", *(f'<th scope="col">{head}</th>' for head in heads), "</tr></thead><tbody>"]
     for row in summary:
-        scores = [_number(row, metric) + _spread(row, metric) for metric in METRICS]
+        scores = [_number(row, metric) + _spread(row, metric) for metric in metrics]
+        if detected:
+            scores += [f"{row['found_lesions']} of {row['reference_lesions']}", row["false_lesions"]]
         lines.append(_row(row["label"], [row["cases"], *scores, row["empty_in_both"], row["empty_in_one"]]))
     return "\n".join([*lines, "</tbody>"])
 
@@ -133,20 +144,21 @@ def _spread(row: Mapping[str, str], metric: str) -> str:
     return f" ± {deviation:.{DECIMALS[metric]}f}" if math.isfinite(deviation) else ""
 
 
-def _cases(rows: Iterable[dict], means: Mapping[str, float], classes: Iterable[str]) -> str:
+def _cases(rows: Sequence[dict], means: Mapping[str, float], classes: Iterable[str]) -> str:
     """Lay out the table of all cases; headings with `aria-sort` come in the order of their columns."""
     scores = {(row["case"], row["label"]): row for row in rows}
+    metrics = metrics_of(rows)
     lines = [
         "<thead><tr>",
         '<th scope="col" rowspan="2" aria-sort="none">Case</th>',
         '<th scope="col" rowspan="2" aria-sort="ascending">Mean Dice</th>',
-        *(f'<th scope="colgroup" colspan="{len(METRICS)}">{escape(name)}</th>' for name in classes),
+        *(f'<th scope="colgroup" colspan="{len(metrics)}">{escape(name)}</th>' for name in classes),
         "</tr><tr>",
-        *(f'<th scope="col" aria-sort="none">{head}</th>' for _ in classes for head in METRICS.values()),
+        *(f'<th scope="col" aria-sort="none">{head}</th>' for _ in classes for head in metrics.values()),
         "</tr></thead><tbody>",
     ]
     for case, mean in means.items():
-        cells = [_number(scores[case, name], metric) for name in classes for metric in METRICS]
+        cells = [_number(scores[case, name], metric) for name in classes for metric in metrics]
         lines.append(_row(case, [_text(mean, DECIMALS["dice"]), *cells]))
     return "\n".join([*lines, "</tbody>"])
 
@@ -198,10 +210,13 @@ def _colour(members: Sequence[int]) -> np.ndarray:
 def _box_plots(rows: Sequence[dict], classes: Mapping[str, Sequence[int]]) -> str:
     """Draw one panel a metric, with one box and one dot a case for each class."""
     random = np.random.default_rng(0)
+    metrics = metrics_of(rows)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a class may be named $$1$$
-        figure = Figure(figsize=(11, 1.1 + 0.45 * len(classes)), layout="constrained")
-        panels = figure.subplots(1, len(METRICS), sharey=True)
-        for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        figure = Figure(
+            figsize=(11, 1.1 + (0.45 if len(classes) <= MANY else 0.2) * len(classes)), layout="constrained"
+        )
+        panels = figure.subplots(1, len(metrics), sharey=True)
+        for panel, (metric, title) in zip(panels, metrics.items(), strict=True):
             for at, (name, members) in enumerate(classes.items()):
                 values = np.array([float(row[metric]) for row in rows if row["label"] == name])
                 values = values[np.isfinite(values)]

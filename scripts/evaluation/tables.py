@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..utils.files import write_table, write_text
+from .lesions import COUNTS
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}  # columns of the tables -> what a person reads
+DETECTION = {"lesion_f1": "Lesion F1"}  # a column where it was asked for
 
 logger = logging.getLogger("mednext")
 
@@ -41,7 +43,18 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
             entry["label"], entry["dice"], tolerance, entry["nsd"], entry["hd95_mm"],
             entry["cases"], entry["empty_in_both"], entry["empty_in_one"],
         )  # fmt: skip
+        if "lesion_f1" in entry:
+            logger.info(
+                "%-20s Lesion F1 %.4f  (%d of %d found, %d false)",
+                entry["label"], entry["lesion_f1"],
+                entry["found_lesions"], entry["reference_lesions"], entry["false_lesions"],
+            )  # fmt: skip
     logger.info("scores are in %s", folder)
+
+
+def metrics_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the scores that all rows have, with what a person reads for each."""
+    return METRICS | {name: text for name, text in DETECTION.items() if rows and all(name in row for row in rows)}
 
 
 def without_nan(value: Any) -> Any:
@@ -71,18 +84,21 @@ def summarise(rows: Sequence[dict], names: Sequence[str]) -> list[dict]:
     for key in summary[0] if summary else ():
         if key not in mean and not key.endswith("_std"):
             values = [entry[key] for entry in summary]
-            mean[key] = sum(values) if key.startswith("empty") else _finite(values, np.mean)
+            counted = key.startswith("empty") or key in COUNTS
+            mean[key] = sum(values) if counted else _finite(values, np.mean)
     return [*summary, mean]
 
 
 def _summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarise the rows of one class."""
     entry: dict[str, Any] = {"label": name, "cases": len(rows)}
-    for metric in METRICS:
+    metrics = metrics_of(rows)
+    for metric in metrics:
         values = [row[metric] for row in rows]
         entry[metric], entry[f"{metric}_std"] = _finite(values, np.mean), _finite(values, np.std)
     empty = [(row["predicted_voxels"] == 0) + (row["reference_voxels"] == 0) for row in rows]
-    return {**entry, "empty_in_both": empty.count(2), "empty_in_one": empty.count(1)}
+    lesions = {count: sum(row[count] for row in rows) for count in COUNTS} if "lesion_f1" in metrics else {}
+    return {**entry, **lesions, "empty_in_both": empty.count(2), "empty_in_one": empty.count(1)}
 
 
 def _finite(values: Sequence[float], statistic: Callable[[np.ndarray], np.floating]) -> float:

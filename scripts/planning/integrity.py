@@ -20,11 +20,10 @@ from ..data.statistics import LARGEST_TILT
 from ..utils.errors import UserError, told
 from ..utils.files import check_writable, write_text
 from .fingerprint_file import fingerprint_cases
-from .planner import training_grid
+from .spacing import PUBLISHED, training_grid
 
 logger = logging.getLogger("mednext")
 
-MM = (1.0, 1.0, 1.0)  # spacing of the grid as published
 FAR = 6.0  # robust standard deviations; a normal distribution passes it once in a billion
 CONSTANT = 1e-9  # of the mean: what rounding leaves of a standard deviation of 0
 SPACING_RATIO = 3.0  # of a case to the median, where a wrong header is likelier than another protocol
@@ -208,7 +207,7 @@ def impossible_grids(records: Sequence[dict], spacing: str | Sequence[float]) ->
         yield Finding("error", record["case"], record["file"], fault)
 
 
-def inspect_dataset(data: Dataset, fingerprint_file: str, spacing: str | Sequence[float] = MM) -> list[Finding]:
+def inspect_dataset(data: Dataset, fingerprint_file: str, spacing: str | Sequence[float] = PUBLISHED) -> list[Finding]:
     """List all findings about a data set, errors first.
 
     Args:
@@ -230,7 +229,7 @@ def inspect_dataset(data: Dataset, fingerprint_file: str, spacing: str | Sequenc
 
 
 def check_dataset(
-    dataset_dir: str, output_dir: str, fingerprint_file: str, spacing: str | Sequence[float] = MM
+    dataset_dir: str, output_dir: str, fingerprint_file: str, spacing: str | Sequence[float] = PUBLISHED
 ) -> None:
     """Print all findings and writes them to `check.json` in `output_dir`.
 

@@ -1,17 +1,23 @@
-"""What a training step takes of memory, counted without computing anything."""
+"""What a training step takes of memory, counted without computing anything, or on a CPU on a small patch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
-from ..mednext import create_mednext
+from ..blocks import MedNeXtBlock
+from ..kernels.precision import CpuPrecision
+from ..mednext import MedNeXt, create_mednext
 from ..utils.errors import UserError
 
-OPTIMIZER_BYTES = 16  # a float32 parameter with its gradient and AdamW's two moments
+RESTING_BYTES, GRADIENT_BYTES = 12, 4  # a float32 parameter with AdamW's two moments; its gradient, made in backward
 MARGIN = 1.2  # of what is kept for the backward pass: what a layer needs while it computes
+CPU_MARGIN = 1.45  # the same with a CPU's kernels, measured: docs/benchmarks/training-peak_2-core-cpu_2026-11-25.md
+SMALL = 32  # voxels along each edge of the patch that is computed on a CPU in order to count
 
 
 def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
@@ -36,15 +42,77 @@ def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values()) + sum(of_loss)
 
 
+def recomputed_bytes(network: MedNeXt, image: torch.Tensor) -> int:
+    """Count the bytes that a block of the finest resolution keeps while it is computed again, if it is."""
+    block = cast(MedNeXtBlock, network.enc_block_0[0])
+    style, block.checkpoint_style = block.checkpoint_style, None
+    wide = image.new_zeros(len(image), block.conv1.in_channels, *image.shape[2:])
+    found = kept_bytes(block, wide) if style else 0
+    block.checkpoint_style = style
+    return found
+
+
+def step_bytes(
+    patch: Sequence[int],
+    channels: int,
+    classes: int,
+    size: str = "S",
+    kernel_size: int = 3,
+    batch: int = 2,
+    style: str | None = None,
+) -> float:
+    """Return the bytes that a training step takes at its peak by stock operators in float32; autocast takes less.
+
+    Args:
+        patch: voxels.
+        channels: of the image.
+        classes: of the output.
+        size: row of the table of sizes.
+        kernel_size: depthwise kernel.
+        batch: patches in a step.
+        style: checkpoint_style of the network.
+    """
+    with torch.device("meta"):
+        network = create_mednext(channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style)
+        image = torch.empty(1, channels, *patch)
+        kept = kept_bytes(network, image) + recomputed_bytes(network, image)
+    return _peak(network, MARGIN * batch * kept)
+
+
+def cpu_step_bytes(
+    patch: Sequence[int],
+    channels: int,
+    classes: int,
+    size: str = "S",
+    kernel_size: int = 3,
+    batch: int = 2,
+    style: str | None = None,
+    cpu_precision: str = "auto",
+) -> float:
+    """Return the same with the kernels of this CPU, which keep less, in the precision that training has here.
+
+    The arguments are those of `step_bytes`, and `cpu_precision` as for `CpuPrecision`.
+    """
+    network = create_mednext(channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style)
+    image = torch.zeros(1, channels, *[SMALL] * 3)
+    with CpuPrecision(cpu_precision).autocast(image.device):
+        kept = kept_bytes(network, image) + recomputed_bytes(network, image)
+    return _peak(network, CPU_MARGIN * batch * kept * math.prod(patch) / SMALL**3)
+
+
+def _peak(network: nn.Module, kept: float) -> float:
+    """Return the most bytes of a step: gradients of parameters come as what was kept for the backward pass goes."""
+    parameters = sum(p.numel() for p in network.parameters())
+    return RESTING_BYTES * parameters + max(GRADIENT_BYTES * parameters, kept)
+
+
 def largest_batch(
     patch: Sequence[int], channels: int, classes: int, size: str, kernel_size: int, gigabytes: float
 ) -> tuple[int, str | None]:
     """Return (patches in a step, checkpoint_style) that fit; 2 at least as published if recomputing makes room.
 
-    Counted in float32; under autocast less is needed.
-
     Args:
-        patch: voxels.
+        patch: voxels; so with what follows, see `step_bytes`.
         channels: of the image.
         classes: of the output.
         size: row of the table of sizes.
@@ -55,15 +123,10 @@ def largest_batch(
         UserError: two patches do not fit even with all blocks computed again.
     """
     for style in (None, "expansion", "block"):
-        with torch.device("meta"):
-            network = create_mednext(
-                channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style
-            )
-            one = MARGIN * kept_bytes(network, torch.empty(1, channels, *patch))
-        fixed = OPTIMIZER_BYTES * sum(p.numel() for p in network.parameters())
-        if (fits := int((gigabytes * 1e9 - fixed) // one)) >= 2:
+        two, three = (step_bytes(patch, channels, classes, size, kernel_size, n, style) for n in (2, 3))
+        if (fits := 2 + math.floor((gigabytes * 1e9 - two) / (three - two))) >= 2:
             return fits, style
     raise UserError(
-        f"memory_gb is {gigabytes}; MedNeXt {size} needs {(fixed + 2 * one) / 1e9:.1f} GB for two patches of"
+        f"memory_gb is {gigabytes}; MedNeXt {size} needs {two / 1e9:.1f} GB for two patches of"
         f" {list(patch)} even with every block computed again: give more, a smaller --size, or a coarser --spacing."
     )

@@ -18,53 +18,18 @@ from ..data.statistics import rounded
 from ..utils.errors import UserError, told
 from ..utils.files import check_writable, write_text
 from ..utils.settings import plain_text
+from .costs import Network, alternatives, compare_grids, measure_speed
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
 from .memory import largest_batch
+from .spacing import PATCH, PUBLISHED, median_shape, recommended_spacing, target_patch_size, training_grid
+from .traits import rotate_range, traits
 
-PATCH = 128  # voxels, as published
-STEP = 16  # what the network halves four times
 MASK_BELOW = 0.75  # nnU-Net normalises within the non-zero voxels where cropping leaves less than this of the volume
-ANISOTROPY = 3.0  # nnU-Net's bound between one thick axis and a grid that is nearly isotropic
 BY_NAME = {"nonorm": "none", "rescale_to_0_1": "rescale_to_0_1", "rgb_to_0_1": "rgb_to_0_1"}  # of channels
-ROTATION = 0.5236  # radians, 30 degrees as published
+ESTIMATE = "times are estimates for {}, from one small step, without reading data; memory is counted for it"
 TWO_STAGES = 4.0  # patches in the median case from which on nnU-Net adds a low resolution, and uses batch Dice
-
-
-def target_spacing(records: Sequence[dict]) -> list[float]:
-    """Return nnU-Net's target spacing in mm: the median over the cases.
-
-    Where one axis is over three times the others and has a third of their voxels, it is the tenth percentile of that
-    axis, so that thick slices do not set the grid.
-    """
-    spacings, shapes = (np.array([record[name] for record in records]) for name in ("spacing", "cropped"))
-    spacing, shape = np.median(spacings, axis=0), np.median(shapes, axis=0)
-    worst = int(spacing.argmax())
-    others = [axis for axis in range(3) if axis != worst]
-    if spacing[worst] > ANISOTROPY * spacing[others].max() and shape[worst] * ANISOTROPY < shape[others].min():
-        spacing[worst] = max(np.percentile(spacings[:, worst], 10), spacing[others].max())
-    return [float(f"{s:.6g}") for s in spacing]
-
-
-def training_grid(records: Sequence[dict], spacing: str | Sequence[float]) -> list[float]:
-    """Return the spacing of the training grid in mm: what is given, or by nnU-Net's rule for "median"."""
-    return target_spacing(records) if spacing == "median" else [float(edge) for edge in spacing]
-
-
-def target_patch_size(shape: Sequence[float], spacing: Sequence[float]) -> list[int]:
-    """Return 128 voxels an axis, more on fine and fewer on coarse axes; no more than the median case has.
-
-    Args:
-        shape: voxels of the median case on the target grid.
-        spacing: mm.
-    """
-    aspect = np.prod(spacing) ** (1 / 3) / np.array(spacing)
-    wanted = np.maximum(np.round(PATCH * aspect / STEP), 1) * STEP
-    found = np.minimum(wanted, np.ceil(np.array(shape) / STEP) * STEP)
-    if found.max() < 2 * STEP:  # the coarsest level needs two voxels on one axis
-        found[int(np.argmax(shape))] = 2 * STEP
-    return [int(n) for n in found]
 
 
 def intensity_schemes(names: Sequence[str], found: dict) -> str | dict | list:
@@ -102,29 +67,30 @@ def plan_training(
     Args:
         data: the data set.
         records: its fingerprint, unusable cases left out.
-        spacing: of the grid in mm, or "median" for nnU-Net's rule.
+        spacing: of the grid in mm, or "median" or "mixed", see spacing.py.
         size: row of the table of sizes, for the batch alone.
         kernel_size: depthwise kernel, for the batch alone.
         memory_gb: what a training step may take; None leaves batch 2 as published.
     """
     found = dataset_fingerprint(records)
     grid = training_grid(records, spacing)
-    shape = np.median([np.multiply(r["cropped"], r["spacing"]) / grid for r in records], axis=0)
+    shape = median_shape(records, grid)
     patch = target_patch_size(shape, grid)
-    thick = int(np.argmax(grid)) if max(grid) > ANISOTROPY * min(grid) else None
+    settings, reasons = traits(records, data.labels.names, data.labels.index_names)
     patches_in_case = float(np.prod(shape) / np.prod(patch))
     batch, style = 2, None
     if memory_gb is not None:
         batch, style = largest_batch(patch, len(data.channels), len(data.labels.names), size, kernel_size, memory_gb)
     relative = found["median_relative_size_after_cropping"]
     because = {
-        "spacing": "nnU-Net's median rule" if spacing == "median" else "1 mm as published, or as asked for",
+        "spacing": _why_spacing(records, spacing),
         "crop_to_nonzero": f"if any case has empty borders; the median keeps {100 * relative:.0f} %",
         "intensity": f"channel names {', '.join(data.channels)}; within non-zero voxels if cropping keeps under 75 %",
         "patch_size": f"{PATCH} voxels; the median case has {[round(float(n)) for n in shape]} on this grid",
         "batch_size": "as published" if memory_gb is None else f"what fits {memory_gb} GB in float32",
         "batch_dice": f"nnU-Net's rule, from 4 patches a case on; the median has {patches_in_case:.1f}",
-        "rotate_range": "30 degrees; about the thick axis alone where voxels are over 3 times as thick",
+        "rotate_range": "30 degrees; where voxels are over 3 times as thick half a turn, about that axis alone",
+        **reasons,
     }
     overlay = {
         "checks#planned_for": {
@@ -140,11 +106,20 @@ def plan_training(
         "patch_size": patch,
         "batch_size": batch,
         "train#batch_dice": patches_in_case >= TWO_STAGES,
-        "train#rotate_range": [ROTATION if thick in (None, axis) else 0.0 for axis in range(3)],
+        "train#rotate_range": rotate_range(grid),
+        **settings,
     }
     if memory_gb is not None:
         overlay["network_def#checkpoint_style"] = style
     return overlay
+
+
+def _why_spacing(records: Sequence[dict], spacing: str | Sequence[float]) -> str:
+    names = {"median": "nnU-Net's median rule", "mixed": "the median; where slices are few, 1 mm or the plane's edge"}
+    given = "1 mm as published" if list(spacing) == list(PUBLISHED) else "as asked for"
+    advice, reason = recommended_spacing(records)
+    said = f"--spacing {advice}" if advice else "1 mm"
+    return f"{names.get(str(spacing), given)}; recommended: {said}, since {reason}"
 
 
 def write_plan(
@@ -188,8 +163,15 @@ def write_plan(
         raise UserError(f"{path} exists and is another plan; move it, or give another --output.")
     found = dataset_fingerprint(usable)
     write_text(path.with_name("fingerprint.json"), json.dumps(found, indent=4) + "\n")
-    draw_fingerprint(usable, data.labels.index_names, overlay["spacing"], path.with_name("fingerprint.png"))
+    names = data.labels.index_names
+    draw_fingerprint(usable, names, data.channels, overlay["spacing"], path.with_name("fingerprint.png"))
     write_text(path, text)
     planned = {key.split("#")[-1]: value for key, value in overlay.items() if not key.endswith("planned_for")}
     print(f"{len(usable)} cases: " + ", ".join(f"{key} {value}" for key, value in planned.items()))
     print(f"wrote {path}, fingerprint.json and fingerprint.png beside it")
+    grid, network = overlay["spacing"], Network(len(data.channels), len(data.labels.names), size, kernel_size)
+    speed = measure_speed(network)
+    print(f"grids ({ESTIMATE.format(speed.where)}):", *compare_grids(usable, network, grid, speed), sep="\n  ")
+    print("spacing:", overlay["checks#planned_for"]["because"]["spacing"])
+    if others := alternatives(usable, grid, dataset_dir, output, overlay.get("mirror_axes", [0, 1, 2])):
+        print("beside it:", *others, sep="\n  ")

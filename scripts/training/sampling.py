@@ -14,6 +14,8 @@ from monai.data import Dataset, DistributedSampler
 from monai.transforms import MapTransform, RandomizableTransform
 from torch.utils.data import Sampler, SequentialSampler
 
+from ..data.labels import Labels
+from ..data.scans import image_files
 from ..utils.errors import UserError
 
 FOREGROUND = 1 / 3  # nnU-Net's share, which rounds to one of two
@@ -30,17 +32,24 @@ class PatchSampler(Sampler):
         data_source: the cases.
         batch_size: patches in a batch.
         iterations: batches in an epoch.
+        weights: how often each case is drawn beside the others, see `case_weights`; None for all alike.
     """
 
-    def __init__(self, data_source: Sized, batch_size: int, iterations: int) -> None:
+    def __init__(
+        self, data_source: Sized, batch_size: int, iterations: int, weights: Sequence[float] | None = None
+    ) -> None:
         self.data_source, self.batch_size, self.iterations = data_source, batch_size, iterations
+        self.weights = None if weights is None else torch.tensor(weights)
 
     def __len__(self) -> int:
         return self.batch_size * self.iterations
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
         generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        cases = torch.randint(len(self.data_source), (len(self),), generator=generator).tolist()
+        if self.weights is None:
+            cases = torch.randint(len(self.data_source), (len(self),), generator=generator).tolist()
+        else:
+            cases = torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
         draws = torch.rand(len(self), generator=generator).tolist()
         first = round(self.batch_size * (1 - FOREGROUND))  # nnU-Net v1, dataset_loading.py
         for number, case in enumerate(cases):
@@ -59,6 +68,23 @@ def each_once(cases: Dataset) -> Sampler:
             f" --nproc_per_node {len(cases)} in all, or hold more cases out."
         )
     return DistributedSampler(cases, even_divisible=False, shuffle=False) if len(cases) else SequentialSampler(cases)
+
+
+def case_weights(records: Sequence[dict], cases: Sequence[dict], labels: Labels, share: float) -> list[float] | None:
+    """Weigh cases so that each foreground label that any case has is in a share of those drawn, about; None for 0.
+
+    Args:
+        records: fingerprints of these cases and others, with "file" and "labels" (voxels of each).
+        cases: to draw from, in their order.
+        labels: of the data set.
+        share: of the drawn cases.
+    """
+    if not share:
+        return None
+    voxels = {record["file"]: record["labels"][1 : len(labels.values)] for record in records}
+    present = np.array([voxels[image_files(case)[0]] for case in cases]) > 0
+    wanted = np.maximum(share * len(cases) / np.maximum(present.sum(0), 1), 1)  # of a case with the label
+    return np.where(present, wanted, 1).max(1).tolist()
 
 
 def crop_size(patch_size: Sequence[int], rotate_range: Sequence[float] = (math.pi / 6,) * 3) -> list[int]:

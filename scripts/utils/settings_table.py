@@ -268,7 +268,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     **dict.fromkeys(("output", "folder", "fingerprint_file", "checks#fingerprint#fingerprint_file"), path),
     **dict.fromkeys(("init_weights", "postprocessing_file"), _optional(path)),
     **dict.fromkeys(("skip_existing", "tta", "amp", "compile"), switch),
-    **dict.fromkeys(("save_predictions", "train#batch_dice"), switch),
+    **dict.fromkeys(("save_predictions", "lesion_scores", "train#batch_dice"), switch),
     **dict.fromkeys(("epochs", "iterations", "batch_size", "val_interval"), count),
     "resume": Kind("True, False or auto", _either(_one_of("auto"), _switch)),
     "ensemble": files,
@@ -294,6 +294,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
         'three angles in radians, from 0 to a whole turn, for example "[0.5236,0.5236,0.5236]"',
         _several(_number(0, TURN), 3),
     ),
+    "train#rare_label_share": Kind("a share, from 0 to below 1, for example 0.1", _number(0, 1, below=True)),
     "checks#planned_for": described,
     "checks#recipe": described,
     "network_def#checkpoint_style": _optional(
@@ -306,7 +307,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
 }  # fmt: skip
 
 PLANNING = {  # where planning takes more than the other commands do
-    "spacing": Kind(f"{spacing.words}, or median", _either(_one_of("median"), three_lengths)),
+    "spacing": Kind(f"{spacing.words}, median or mixed", _either(_one_of("median", "mixed"), three_lengths)),
 }
 
 

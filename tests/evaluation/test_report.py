@@ -236,6 +236,16 @@ class TestBrowser:
         tab.keyboard.press("Enter")
         assert self.sorted_by(tab) == [(1, "descending")]
 
+    def test_a_narrow_window_shows_every_word(self, browser, page):
+        tab = browser.new_page(viewport={"width": 420, "height": 900})
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") == 420
+        edges = tab.locator("caption div").evaluate_all("all => all.map(div => div.getBoundingClientRect().right)")
+        assert len(edges) == 2
+        assert max(edges) <= 420
+        assert tab.locator("figure.boxes img").evaluate("img => img.getBoundingClientRect().width") > 600  # it scrolls
+        tab.close()
+
     def test_without_javascript_it_is_a_plain_table(self, browser, page):
         tab = browser.new_page(java_script_enabled=False)
         tab.goto(page.as_uri())

@@ -1,10 +1,13 @@
 """What a training step keeps is counted without computing anything."""
 
+import re
+
 import pytest
 import torch
+from conftest import python_m
 
 from scripts.mednext import create_mednext
-from scripts.planning.memory import kept_bytes
+from scripts.planning.memory import cpu_step_bytes, kept_bytes, step_bytes
 
 
 def kept(style, batch: int = 1, device: str = "meta", kernels: str = "auto") -> int:
@@ -39,3 +42,29 @@ def test_logits_and_their_gradient_are_counted_with_every_class():
             for n in (3, 143)
         )
     assert many - few == 2 * 4 * 140 * 32**3
+
+
+def test_a_step_grows_with_the_batch_and_recomputing_needs_room_for_a_block():
+    patch = [64, 64, 64]
+    one, two = (step_bytes(patch, 1, 3, batch=n) for n in (1, 2))
+    assert 1.8 * one < two < 2 * one
+    whole, recomputed = (step_bytes(patch, 1, 3, style=style) for style in (None, "block"))
+    with torch.device("meta"):
+        network = create_mednext(1, 3, "S", deep_supervision=True, checkpoint_style="block")
+        kept = 2 * kept_bytes(network, torch.zeros(1, 1, *patch))
+    assert kept + 2 * 64**3 * 4 * (3 * 32 + 2 * 64) < recomputed < 0.5 * whole  # a block's layers, two of them wide
+
+
+def test_networks_that_are_large_for_their_patch_need_their_gradients_at_the_end():
+    parameters = sum(p.numel() for p in create_mednext(1, 2, "M", deep_supervision=True).parameters())
+    assert cpu_step_bytes([32, 32, 32], 1, 2, "M", batch=1, style="block") >= 16 * parameters
+
+
+@pytest.mark.parametrize(("size", "classes"), [("S", 2), ("S", 15)])
+def test_the_prediction_is_near_what_linux_measures(size, classes):
+    done = python_m(
+        "scripts", "benchmark_peak", "--size", size, "--out_channels", classes, "--patch_size", "[48,48,48]",
+        "--batch_size", 1, "--cpu_precision", "float32", "--steps", 2, process=True,
+    )  # fmt: skip
+    measured, predicted = map(float, re.findall(r"(?:measured|predicted) ([\d.]+) GB", done.stdout))
+    assert predicted == pytest.approx(measured, rel=0.2)

@@ -13,7 +13,8 @@ from scripts.data.datasets import Dataset
 from scripts.planning.fingerprint import QUANTILES, dataset_fingerprint
 from scripts.planning.fingerprint_file import fingerprint_cases
 from scripts.planning.memory import largest_batch
-from scripts.planning.planner import intensity_schemes, plan_training, target_patch_size, target_spacing
+from scripts.planning.planner import intensity_schemes, plan_training
+from scripts.planning.spacing import target_patch_size
 from scripts.utils.errors import UserError
 
 
@@ -21,9 +22,12 @@ def record(spacing=(1.0, 1.0, 1.0), shape=(200, 200, 200), cropped=None, values=
     values = np.linspace(-200.0, 400.0, 1000) if values is None else values
     moments = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
     return {
+        "file": "case.nii.gz",
+        "channels": [moments],
         "shape": list(shape),
         "spacing": list(spacing),
         "cropped": list(cropped or shape),
+        "labels": [100] * 4,
         "foreground": [{**moments, "quantiles": np.quantile(values, QUANTILES).tolist()}],
     }
 
@@ -79,14 +83,6 @@ def test_patches_are_128_or_the_median_case(shape, spacing, expected):
     assert target_patch_size(shape, spacing) == expected
 
 
-def test_median_spacing_is_nnunets_with_thick_slices_at_their_tenth_percentile():
-    assert target_spacing([record((0.7, 0.7, 1.0)), record((0.8, 0.8, 1.5)), record((0.9, 0.9, 2.0))]) == [
-        0.8, 0.8, 1.5
-    ]  # fmt: skip
-    thick = [record((0.8, 0.8, s), (400, 400, 40)) for s in (3.0, 5.0, 5.0, 5.0, 6.0)]
-    assert target_spacing(thick) == [0.8, 0.8, pytest.approx(np.percentile([3, 5, 5, 5, 6], 10))]
-
-
 def test_a_memory_budget_sets_batch_and_recomputing():
     patch = [64, 64, 64]
     few, style = largest_batch(patch, 1, 3, "S", 3, 5.0)
@@ -109,7 +105,8 @@ def test_large_cases_get_batch_dice_and_thick_voxels_no_tilt(phantom_dir):
     small = plan_training(Dataset(phantom_dir), [record(shape=(128, 128, 128))])
     assert small["train#batch_dice"] is False
     thick = plan_training(Dataset(phantom_dir), [record((1.0, 1.0, 5.0), (300, 300, 40))], spacing="median")
-    assert thick["train#rotate_range"] == [0.0, 0.0, 0.5236]
+    assert thick["train#rotate_range"] == [0.0, 0.0, 3.1416]
+    assert not {"mirror_axes", "train#rare_label_share"} & thick.keys()
     assert plan_training(Dataset(phantom_dir), [record(cropped=(100, 150, 200))])["crop_to_nonzero"] is True
 
 
@@ -136,7 +133,8 @@ class TestCommand:
         assert {key.split("#")[0] for key in overlay} <= panel.keys()
         assert overlay["patch_size"] == [48, 48, 48]
         assert overlay["checks#planned_for"]["labels"] == ["background", "low", "middle", "high"]
-        assert {"patch_size", "intensity", "batch_dice"} <= overlay["checks#planned_for"]["because"].keys()
+        assert overlay["spacing"] == [1.0, 1.0, 1.0]
+        assert {"spacing", "patch_size", "intensity", "batch_dice"} <= overlay["checks#planned_for"]["because"].keys()
         fingerprint = json.loads((planned / "fingerprint.json").read_text())
         assert len(fingerprint["spacings"]) == len(Dataset(phantom_dir).cases)
         assert (planned / "fingerprint.png").read_bytes().startswith(b"\x89PNG")
@@ -195,4 +193,6 @@ def test_the_hippocampus_is_planned_as_its_recipe_says(tmp_path):
     overlay = plan_training(data, fingerprint_cases(data.cases, 1, data.labels, str(tmp_path / "memory.json")))
     recipe = json.loads((ROOT / "configs/recipes/hippocampus.json").read_text())
     assert overlay["patch_size"] == recipe["patch_size"]
+    assert not {"mirror_axes", "train#rare_label_share"} & overlay.keys()
+    assert overlay["train#rotate_range"] == [0.5236] * 3
     assert (overlay["intensity"], overlay["crop_to_nonzero"], overlay["train#batch_dice"]) == ("zscore", False, False)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.data.labels import Labels
 from scripts.training import sampling
-from scripts.training.sampling import PatchSampler, RandPatchd, crop_size, each_once
+from scripts.training.sampling import PatchSampler, RandPatchd, case_weights, crop_size, each_once
 from scripts.utils.errors import UserError
 
 
@@ -34,6 +35,22 @@ class TestSampler:
     def test_the_same_seed_draws_the_same_cases(self):
         assert self.drawn(2) == self.drawn(2)
         assert self.drawn(2) != self.drawn(2, seed=1)
+
+    def test_a_rare_label_is_in_about_its_share_of_the_drawn_cases(self):
+        cases = [{"case": str(n), "image": f"{n}.nii.gz"} for n in range(100)]
+        records = [{"file": f"{n}.nii.gz", "labels": [9, 5, int(n == 7), 0, 3]} for n in reversed(range(100))]
+        labels = Labels(["background", "liver", "cyst", "absent"], [0, 1, 2, 3], ignore_value=4)
+        assert case_weights(records, cases, labels, 0.0) is None
+        weights = case_weights(records, cases, labels, 0.1)
+        assert weights == [1.0] * 7 + [10.0] + [1.0] * 92
+        torch.manual_seed(0)
+        drawn = [case for case, _ in PatchSampler(cases, 2, 2000, weights)]
+        assert drawn.count(7) / 4000 == pytest.approx(10 / 109, abs=0.02)
+        assert len(set(drawn)) == 100
+        assert (
+            case_weights([{"file": c["image"], "labels": [9, 5, 5, 5, 0]} for c in cases], cases, labels, 0.1)
+            == [1] * 100
+        )
 
 
 def test_crop_of_the_paper():

@@ -182,6 +182,7 @@ NONSENSE = {
     "fine_tuning#warmup_epochs": [-1, 0.5],
     "train#rotate_range": [30, [30, 30, 30], [-1, 0, 0], [0, 0]],
     "train#batch_dice": ["dice", 3],
+    "train#rare_label_share": [1, -0.1, "often"],
     "model#dim": ["1d", 3, True],
     "model#eval_classes": [[1], {}, {"a": []}, {"a": ["b"]}, "tumor", {"a": [-1]}],
     "checks#planned_for": ["CT", 3],

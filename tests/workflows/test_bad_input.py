@@ -203,7 +203,7 @@ def test_weights_are_not_scored_on_data_of_other_labels(trained, phantom_dir, tm
         ("inference", ("--device", "mps:9"), "device is 'mps:9'; expected one of cpu"),
         ("inference", ("--save_probabilities", "True"), "--save_probabilities is no setting"),
         ("inference", ("--dataset_dir", 2024), "2024 does not exist"),
-        ("planning", ("--spacing", "mean"), "spacing is 'mean'; expected three positive lengths .* or median"),
+        ("planning", ("--spacing", "mean"), "spacing is 'mean'; expected three positive lengths .* median or mixed"),
         ("checking", ("--dataset_dir", 2024), "dataset_dir 2024 does not exist"),
         ("fetching", ("--tsk", 4), "--tsk is no setting; did you mean --task"),
         ("fetching", ("--task", 4), "task is '4'; expected one of Task"),

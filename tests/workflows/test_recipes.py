@@ -166,6 +166,7 @@ def test_regions_and_exclusive_labels_of_brats_are_scored_and_stored_alike(tmp_p
 def test_published_choices_win_over_a_plan(name, kernel_size, tmp_path):
     plan = tmp_path / "plan.json"
     planned = {"spacing": [2, 2, 5], "patch_size": [16, 16, 32], "batch_size": 7, "train#rotate_range": [0, 0, 0.5]}
+    planned |= {"mirror_axes": [1, 2], "train#rare_label_share": 0.1}
     plan.write_text(json.dumps(planned))
     parser = ConfigParser()
     parser.read_config([ROOT / "configs/train.json", plan, ROOT / f"configs/recipes/{name}.json"])
@@ -175,6 +176,8 @@ def test_published_choices_win_over_a_plan(name, kernel_size, tmp_path):
     slow = (name, kernel_size) == ("kits19", 5)
     published = {
         "train#rotate_range": [0.5236] * 3,
+        "train#rare_label_share": 0.0,
+        "mirror_axes": [0, 1, 2],
         "spacing": [1.0] * 3,
         "patch_size": [128] * 3,
         "batch_size": 2,
