@@ -236,6 +236,7 @@ MODEL = {  # what is written beside weights, see weights/model_settings.py
     "dim": dimension,
     "deep_supervision": switch,
     "in_channels": channels,
+    "channels": _optional(Kind("a list of names", _several(_either(_name, _one_of(""))))),
     "out_channels": channels,
     "labels": _optional(Kind("a list of names", _several(_name, distinct=True))),
     "label_values": _optional(values),
@@ -250,6 +251,8 @@ MODEL = {  # what is written beside weights, see weights/model_settings.py
     "spacing": spacing,
     "patch_size": patch_size,
     "mirror_axes": axes,
+    "iterations": _optional(count),
+    "batch_size": _optional(count),
     "training_ranges": _optional(Kind("names with their lowest and highest values", _ranges)),
     "fold": fold,
 }
