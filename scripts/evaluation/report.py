@@ -28,7 +28,7 @@ from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from ..data.images import first_channel, open_image
-from ..data.scans import image_files, mask_file
+from ..data.scans import image_files, mask_file, named_cases
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, sha256, write_whole
 from ..weights import model_settings
@@ -78,7 +78,7 @@ def write_report(
     means = mean_dice(rows)
     pictures = "<p>The masks were not saved (<code>save_predictions</code> is off): there is nothing to show.</p>"
     if save_predictions:
-        cases = {case["case"]: case for case in items}
+        cases = {case["case"]: case for case in named_cases(items)}
         masks = {case: folder / "predictions" / mask_file(case) for case in cases}
         shown = [_picture(role, cases[c], masks[c], label_values, means[c]) for c, role in notable_cases(means).items()]
         pictures = "\n".join([READING, _legend(classes), *shown])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..data.datasets import GivenCases
 from ..data.labels import Labels
 from ..utils.settings import plain_text
 from ..weights.model_settings import BUNDLE_ROOT, ModelSettings
@@ -34,7 +35,7 @@ def make_metadata(
         scores: name of a metric -> its mean.
     """
     code = json.loads(Path(BUNDLE_ROOT, "configs", "metadata.json").read_text())
-    channels, classes = channel_names(model), mask_classes(model)
+    channels, classes = GivenCases(model).channels, mask_classes(model)
     spatial_shape = ["32*n"] * (2 if model.dim == "2d" else 3)
     tensor = {"type": "image", "spatial_shape": spatial_shape, "dtype": "float32", "value_range": []}
     image = {"format": "magnitude", "modality": ", ".join(channels), "num_channels": model.in_channels}
@@ -69,11 +70,6 @@ def make_metadata(
             },
         },
     }
-
-
-def channel_names(model: ModelSettings) -> list[str]:
-    """Name the channels of the image, by their numbers where nobody wrote their names down."""
-    return list(model.channels or (f"channel {number}" for number in range(model.in_channels)))
 
 
 def mask_classes(model: ModelSettings) -> dict[int, str]:

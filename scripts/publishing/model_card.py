@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
-from ..data.datasets import Dataset
+from ..data.datasets import Dataset, GivenCases
 from ..data.scans import mask_file
 from ..evaluation.report import READING, draw_case, mean_dice, notable_cases, number
 from ..evaluation.tables import METRICS
 from ..utils.files import read_table
 from ..weights.model_settings import ModelSettings
-from .metadata import channel_names, mask_classes, preprocessing
+from .metadata import mask_classes, preprocessing
 
 SPECIAL = re.compile(r"([\\`*|<>\[\]])")
 
@@ -45,7 +45,7 @@ def write_card(
     progress = file.parent / "training.png"
     facts = {
         "network": f"MedNeXt-{model.size}, kernel {model.kernel_size}, {model.dim}",
-        "channels": ", ".join(channel_names(model)),
+        "channels": ", ".join(GivenCases(model).channels),
         "values of a mask": ", ".join(f"{value} {label}" for value, label in mask_classes(model).items()),
         "scans are": preprocessing(model),
         "patch": " x ".join(map(str, model.patch_size)),
