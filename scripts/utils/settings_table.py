@@ -227,6 +227,7 @@ axes = Kind(
 )
 groups = Kind("names with lists of label values, for example \"{'tumor':[1,4]}\"", _groups)
 values = Kind("a list of label values", _several(_whole(0, MANY)))
+overlap = Kind("a part of the window, from 0 to below 1, for example 0.5", _number(0, 1, below=True))
 fold = Kind("the number of a fold, from 0 on, or all", _either(_one_of("all"), _whole(0)))
 described = _optional(Kind("a dictionary, as a plan or a recipe has it", _dictionary))
 
@@ -272,7 +273,8 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     "learning_rate": positive,
     "nsd_tolerance_mm": positive,
     "memory_gb": _optional(positive),
-    "overlap": Kind("a part of the window, from 0 to below 1, for example 0.5", _number(0, 1, below=True)),
+    **dict.fromkeys(("overlap", "displayable_configs#overlap"), overlap),
+    **dict.fromkeys(("displayable_configs#tta", "displayable_configs#keep_largest"), switch),
     "num_workers": from_zero,
     "checkpoint_selection": Kind("best or last", _one_of("best", "last")),
     "window_scheme": Kind("nnunet or monai", _one_of("nnunet", "monai")),
