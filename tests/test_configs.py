@@ -243,7 +243,9 @@ def test_the_page_of_settings_names_them_all_with_their_defaults(config):
     parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in names])
     page, own = documented(config), list(read(names[-1]))
     if names[-1] != "evaluate":  # an overlay sets settings of the file below it, which its section has
-        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "fine_tuning", "displayable_configs")}
+        wanted = {
+            name for name in own[: own.index(end)] if name not in ("imports", "fine_tuning", "displayable_configs")
+        }
         assert wanted <= set(page), wanted - set(page)
     for name, default in page.items():
         if name == "network_def#checkpoint_style":  # the table of sizes has its default
