@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import COARSE, TINY, bundle, overlays
+from conftest import CACHE, COARSE, ROOT, TINY, bundle, overlays, python_m
+from monai.fl.client import MonaiAlgo
+from monai.fl.utils.constants import ExtraItems, ModelType
+from monai.fl.utils.exchange_object import ExchangeObject
 
 from scripts.data.datasets import Dataset
 from scripts.data.phantom import phantom
@@ -132,3 +137,71 @@ def test_cases_beside_a_data_set_have_its_labels(data, tmp_path):
     )  # fmt: skip
     found = read_model_settings(tmp_path / "model.pt")
     assert (found["labels"], found["fold"], found["epoch"]) == (list(VALUES.values()), 0, 1)
+
+
+def client(data: Path, folder: Path) -> MonaiAlgo:
+    """Make a federated client as NVFlare does, with a folder of its own."""
+    settings = {"dataset_dir": str(data), "ckpt_dir": str(folder / "models"), "output_dir": str(folder / "eval")}
+    settings |= {"cache_dir": CACHE.name, "spacing": [1.5, 1.5, 1.5], "patch_size": [32, 32, 32], "num_workers": 0}
+    made = MonaiAlgo(
+        bundle_root=str(ROOT), local_epochs=1, train_kwargs={**settings, "iterations": 1}, eval_kwargs=dict(settings),
+        best_model_filepath=str(folder / "models/model.pt"),
+    )  # fmt: skip
+    made.initialize(extra={ExtraItems.CLIENT_NAME: folder.name})
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:.*GHSA:UserWarning")  # MONAI's advice to run trusted configurations only
+def test_a_federated_client_evaluates_and_trains_in_three_rounds(data, tmp_path):
+    clients = [client(data, tmp_path / name) for name in ("one", "other")]
+    (tmp_path / "one/models").mkdir(parents=True)
+    shutil.copy(ROOT / "models/model.pt", tmp_path / "one/models")  # an earlier training, to be set aside once
+    weights = {name: value.cpu().clone() for name, value in clients[0].trainer.network.state_dict().items()}
+    metrics = []
+    for _ in range(3):
+        scored = [c.evaluate(ExchangeObject(weights=weights)).metrics for c in clients]
+        metrics.append([found["dice"] for found in scored])
+        assert scored[0] == scored[1]  # the same weights on the same cases
+        differences = []
+        for c in clients:
+            c.train(ExchangeObject(weights=weights))
+            differences.append(c.get_weights().weights)
+        assert all(d.keys() == weights.keys() for d in differences)
+        assert any(d.any() for d in differences[0].values())
+        weights = {name: value + (differences[0][name] + differences[1][name]) / 2 for name, value in weights.items()}
+    assert np.isfinite(metrics).all()
+    for c, folder in zip(clients, ("one", "other"), strict=True):
+        written = read_model_settings(tmp_path / folder / "models/model.pt")
+        assert (written["labels"], written["label_values"]) == (list(VALUES.values()), list(VALUES))
+        with open(tmp_path / folder / "models/training/progress.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["epoch"], float(row["train/learning_rate"])) for row in rows] == [(n, 1e-3) for n in "123"]
+        best = c.get_weights(extra={ExtraItems.MODEL_TYPE: ModelType.BEST_MODEL}).weights
+        assert best.keys() == weights.keys()
+        c.finalize()
+    assert len(list((tmp_path / "one/models/previous").iterdir())) == 1
+    assert not (tmp_path / "other/models/previous").exists()
+
+
+def test_the_four_commands_of_the_readme_lead_to_a_mask_in_monai_label(data, tmp_path):
+    block = next(
+        b for b in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "start_server" in b
+    )
+    plan, train, pack, serve = [
+        shlex.split(line) for line in block.replace("\\\n", "").splitlines() if "python" in line
+    ]
+    models = tmp_path / "apps/monaibundle/model"
+    places = {"$D": str(data), "apps/monaibundle/model": str(models)}
+    plan, train, pack = ([places.get(word, word) for word in command] for command in (plan, train, pack))
+    train = [word.replace("plan.json", str(tmp_path / "plan.json")) for word in train]
+    assert [command[:3] for command in (plan, train, pack)] == [
+        ["python", "-m", "monai.bundle"], ["python", "-m", "monai.bundle"], ["python", "-m", "scripts"]
+    ]  # fmt: skip
+    folders = ("--ckpt_dir", tmp_path / "models")
+    bundle(*plan[4:], *COARSE, "--output_dir", tmp_path / "eval", "--output", tmp_path / "plan.json")
+    short = ("--epochs", 1, "--iterations", 1, "--num_workers", 0, "--output_dir", tmp_path / "eval")
+    bundle(*train[4:], *folders, *short)
+    python_m("scripts", *pack[3:], *folders)
+    root = models / serve[serve.index("models") + 1]
+    (answer,) = monai_label(root, ["infer", {"image": Dataset(data).cases[0]["image"], "output": str(tmp_path / "m")}])
+    assert answer["labels"] == {"left shell": 2, "core": 5}
