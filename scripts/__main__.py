@@ -15,6 +15,7 @@ COMMANDS = {  # name -> module, function, what it does
     "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
     "score_masks": ("evaluation.mask_scores", "score_masks", "score a folder of masks by a folder of references"),
     "compare_scores": ("evaluation.comparison", "compare_scores", "compare two evaluations, case by case"),
+    "package": ("publishing.package", "package", "make of a training a bundle of its own, folder and zip"),
     "convert_weights": (
         "weights.convert",
         "convert_weights",

@@ -74,8 +74,10 @@ def test_every_property_that_monai_asks_for_is_there(names, kind, phantom_dir, t
 
 def test_shared_settings_and_definitions_have_the_same_text():
     train, inference = read("train"), read("inference")
-    for key in ("network_def", "network", "device", "amp", "compile", "overlap", "window_scheme", "tta"):
+    for key in ("network_def", "network", "device", "amp", "compile", "window_scheme"):
         assert json.dumps(train[key]) == json.dumps(inference[key]), key
+    for key in ("overlap", "tta"):  # options in MONAI Label
+        assert train[key] == inference["displayable_configs"][key], key
     for part in ("native", "resampled", "image"):
         assert train["transforms"][part] == inference["transforms"][part], part
     assert train["validate"]["inferer"] == inference["inferer"]
@@ -246,7 +248,8 @@ def test_the_page_of_settings_names_them_all_with_their_defaults(config):
     parser.read_config([str(ROOT / "configs" / f"{name}.json") for name in names])
     page, own = documented(config), list(read(names[-1]))
     if names[-1] != "evaluate":  # an overlay sets settings of the file below it, which its section has
-        wanted = {name for name in own[: own.index(end)] if name not in ("imports", "+imports", "fine_tuning")}
+        no_settings = ("imports", "+imports", "fine_tuning", "displayable_configs")
+        wanted = {name for name in own[: own.index(end)] if name not in no_settings}
         assert wanted <= set(page), wanted - set(page)
     for name, default in page.items():
         if name == "network_def#checkpoint_style":  # the table of sizes has its default

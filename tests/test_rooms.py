@@ -22,6 +22,7 @@ ROOMS = {  # from the ground up: room -> the rooms below that it may import; uti
     "inference": {"utils", "kernels", "mednext", "weights", "data", "preprocessing"},
     "training": {"utils", "kernels", "mednext", "weights", "data", "preprocessing"},
     "evaluation": {"utils", "weights", "data", "preprocessing", "inference"},
+    "publishing": {"utils", "mednext", "weights", "data", "evaluation"},
     "__init__": {"blocks", "mednext", "weights"},  # what the wheel offers
     "__main__": {"utils"},  # the table of commands, which it imports by name
 }

@@ -6,16 +6,27 @@ A case is a dictionary `{"case": id, "image": file or list of files (one a chann
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from ..utils.errors import UserError
 from ..utils.files import read_json
 from .case_lists import case_files, check_names, read_cases
 from .folds import SPLITS, Fold, read_folds
 from .images import ENDINGS, PICTURE, parts
-from .labels import Labels
+from .labels import Labels, LabelSettings
 from .scans import CHANNEL, case_id, image_files, list_scans, stem
+
+
+class ChannelSettings(LabelSettings, Protocol):
+    """Name what is written of labels and channels beside a set of weights, see weights/model_settings.py."""
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def channels(self) -> Sequence[str] | None: ...
 
 
 class Dataset:
@@ -170,6 +181,18 @@ class Dataset:
             files = [str(images / f"{name}_{channel:04d}{ending}") for channel in range(len(self.channels))]
             found.append(self._case(name, [*files, str(labels / f"{name}{ending}")]))
         return found
+
+
+class GivenCases:
+    """Stands for a data set where a host gives the cases as lists: weights say what their labels and channels are.
+
+    Args:
+        settings: what is written beside the weights.
+    """
+
+    def __init__(self, settings: ChannelSettings) -> None:
+        self.labels = Labels.from_settings(settings)
+        self.channels = list(settings.channels or (f"channel {number}" for number in range(settings.in_channels)))
 
 
 def _description(folder: Path, file: Path) -> dict:

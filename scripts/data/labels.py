@@ -19,11 +19,16 @@ LARGEST = 32767  # int16
 class LabelSettings(Protocol):
     """Name what is written of labels beside a set of weights, see weights/model_settings.py."""
 
-    out_channels: int
-    labels: Sequence[str] | None
-    label_values: Sequence[int] | None
-    regions: Mapping[str, Sequence[int]] | None
-    regions_class_order: Sequence[int] | None
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def labels(self) -> Sequence[str] | None: ...
+    @property
+    def label_values(self) -> Sequence[int] | None: ...
+    @property
+    def regions(self) -> Mapping[str, Sequence[int]] | None: ...
+    @property
+    def regions_class_order(self) -> Sequence[int] | None: ...
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..utils.errors import UserError
@@ -178,6 +179,41 @@ def case_id(path: Path, channels: int) -> str:
         path = path.resolve() if path.is_dir() else path.resolve().parent
     match = CHANNEL.search(stem(path))
     return stem(path)[: match.start()] if match and int(match[1]) < channels else stem(path)
+
+
+def named_cases(cases: Sequence[Mapping]) -> list[dict]:
+    """Give an id, "case", to cases that have none, as those of a host: by their images, and no two files the same one.
+
+    Where files of several folders have one name, as many of these as tell them apart stand before it. Paths become
+    texts.
+    """
+    spelled = [{key: _as_text(value) for key, value in case.items()} for case in cases]
+    files = [Path(image_files(case)[0]) for case in spelled]
+    namesakes: dict[str, set[Path]] = {}
+    for file in files:
+        namesakes.setdefault(case_id(file, 1), set()).add(file)
+    return [
+        {"case": _told_apart(file, namesakes[case_id(file, 1)]), **case}
+        for file, case in zip(files, spelled, strict=True)
+    ]
+
+
+def _told_apart(file: Path, namesakes: Collection[Path]) -> str:
+    """Name a file by its id, with as many of its folders before it as tell its namesakes apart."""
+    folders = (n for n in range(len(file.parts)) if len({_joined(other, n) for other in namesakes}) == len(namesakes))
+    return _joined(file, next(folders, 0))
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_as_text(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _joined(file: Path, folders: int) -> str:
+    """Name a file by its id, with so many of its folders before it."""
+    above = file.parent.relative_to(file.anchor).parts
+    return "_".join([*above[len(above) - folders :], case_id(file, 1)]) if folders else case_id(file, 1)
 
 
 def mask_file(case: str, scan: object = None, output_format: str | None = None) -> str:

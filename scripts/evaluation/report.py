@@ -28,7 +28,7 @@ from matplotlib.image import imsave
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from ..data.images import first_channel
-from ..data.scans import image_files, mask_file
+from ..data.scans import image_files, mask_file, named_cases
 from ..data.visualization import COLOURS, draw_overlay, fullest_slice
 from ..utils.files import read_table, sha256, write_text
 from ..weights import model_settings
@@ -80,16 +80,16 @@ def write_report(
         return
     folder = Path(output_dir)
     rows, summary = read_table(folder / "cases.csv"), read_table(folder / "summary.csv")
-    means = _mean_dice(rows)
+    means = mean_dice(rows)
     pictures = "<p>The masks were not saved (<code>save_predictions</code> is off): there is nothing to show.</p>"
     if save_predictions:
-        cases = {case["case"]: case for case in items}
+        cases = {case["case"]: case for case in named_cases(items)}
         masks = {case: folder / "predictions" / mask_file(case) for case in cases}
-        shown = [_picture(role, cases[c], masks[c], label_values, means[c]) for c, role in _notable(means).items()]
+        shown = [_picture(role, cases[c], masks[c], label_values, means[c]) for c, role in notable_cases(means).items()]
         pictures = "\n".join([READING, _legend(classes), *shown])
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title=escape(f"{Path(dataset_dir).resolve().name}: segmentation scores"),
-        headline=f"Mean Dice <b>{_number(summary[-1], 'dice')}</b>, cases: {len(means)}, classes: {len(classes)}.",
+        headline=f"Mean Dice <b>{number(summary[-1], 'dice')}</b>, cases: {len(means)}, classes: {len(classes)}.",
         summary=_summary(summary),
         tolerance=f"{tolerance:g}",
         detection=DETECTED if "lesion_f1" in metrics_of(rows) else "",
@@ -103,7 +103,7 @@ def write_report(
     write_text(folder / "report.html", page)
 
 
-def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:
+def mean_dice(rows: Iterable[dict]) -> dict[str, float]:
     """Average the Dice of each case over the classes that have one; lowest first, nan last."""
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -113,7 +113,8 @@ def _mean_dice(rows: Iterable[dict]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda item: (math.isnan(item[1]), item[1])))
 
 
-def _number(row: Mapping[str, str], metric: str) -> str:
+def number(row: Mapping[str, str], metric: str) -> str:
+    """Spell a score of a row as a person reads it."""
     return _text(float(row[metric]), DECIMALS[metric])
 
 
@@ -132,7 +133,7 @@ def _summary(summary: Sequence[dict]) -> str:
     heads = ["Class", "Cases", *metrics.values(), *detected, "In neither mask", "In one mask only"]
     lines = ["<thead><tr>", *(f'<th scope="col">{head}</th>' for head in heads), "</tr></thead><tbody>"]
     for row in summary:
-        scores = [_number(row, metric) + _spread(row, metric) for metric in metrics]
+        scores = [number(row, metric) + _spread(row, metric) for metric in metrics]
         if detected:
             scores += [f"{row['found_lesions']} of {row['reference_lesions']}", row["false_lesions"]]
         lines.append(_row(row["label"], [row["cases"], *scores, row["empty_in_both"], row["empty_in_one"]]))
@@ -158,7 +159,7 @@ def _cases(rows: Sequence[dict], means: Mapping[str, float], classes: Iterable[s
         "</tr></thead><tbody>",
     ]
     for case, mean in means.items():
-        cells = [_number(scores[case, name], metric) for name in classes for metric in metrics]
+        cells = [number(scores[case, name], metric) for name in classes for metric in metrics]
         lines.append(_row(case, [_text(mean, DECIMALS["dice"]), *cells]))
     return "\n".join([*lines, "</tbody>"])
 
@@ -252,7 +253,7 @@ def _legend(classes: Mapping[str, Sequence[int]]) -> str:
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
-def _notable(means: Mapping[str, float]) -> dict[str, str]:
+def notable_cases(means: Mapping[str, float]) -> dict[str, str]:
     """Name the best, the median and the worst case: "Best", "Median, worst", .. by case."""
     ranked = [case for case, mean in means.items() if math.isfinite(mean)]
     roles: dict[str, list[str]] = {}
@@ -264,6 +265,16 @@ def _notable(means: Mapping[str, float]) -> dict[str, str]:
 
 def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dice: float) -> str:
     """Show the slice with most labelled voxels as a radiologist sees it; files are read one case at a time."""
+    picture, slice_name = draw_case(case, mask, label_values)
+    return (
+        f'<figure class="case"><img src="{_embedded(picture)}" alt="Scan, reference and prediction of'
+        f' {escape(case["case"])}, {slice_name}"><figcaption><b>{role}: {escape(case["case"])}</b>,'
+        f" Dice {dice:.3f}, {slice_name}</figcaption></figure>"
+    )
+
+
+def draw_case(case: dict, mask: Path, label_values: Sequence[int]) -> tuple[bytes, str]:
+    """Draw scan, reference and prediction in the slice with most labelled voxels; return a PNG and the slice's name."""
     (scan, spacing), (label, _), (prediction, _) = map(_turned, (image_files(case)[0], case["label"], mask))
     axis, index = fullest_slice(label, prediction, spacing)
     count = scan.shape[axis]
@@ -272,12 +283,7 @@ def _picture(role: str, case: dict, mask: Path, label_values: Sequence[int], dic
     label, prediction = (np.searchsorted(label_values, v.round()) % len(label_values) for v in (label, prediction))
     buffer = io.BytesIO()
     imsave(buffer, draw_overlay(scan, label, prediction, spacing, height=320), format="png")
-    slice_name = f"{PLANES[axis]} slice {index + 1} of {count}"
-    return (
-        f'<figure class="case"><img src="{_embedded(buffer.getvalue())}" alt="Scan, reference and prediction of'
-        f' {escape(case["case"])}, {slice_name}"><figcaption><b>{role}: {escape(case["case"])}</b>,'
-        f" Dice {dice:.3f}, {slice_name}</figcaption></figure>"
-    )
+    return buffer.getvalue(), f"{PLANES[axis]} slice {index + 1} of {count}"
 
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:

@@ -37,8 +37,10 @@ class KeepLargestd(MapTransform):
         return out
 
 
-def postprocessing_file(weights: str | Path) -> str | None:
+def postprocessing_file(weights: str | Path, wanted: bool = True) -> str | None:
     """Find the decision beside a file of weights: `models/postprocessing.json` for `models/model.pt`, else None."""
+    if not wanted:
+        return None
     path = Path(weights).with_name("postprocessing.json")
     return str(path) if path.is_file() else None
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose, LoadImaged, SaveImaged
+from monai.transforms import Compose, SaveImaged
 
 from ..data.geometry import Geometry, three_axes
 from ..data.scans import find_scans
-from ..preprocessing.loading import as_scan
+from ..preprocessing.loading import LoadScand, as_scan
 from ..utils.device import amp_kwargs
 from ..utils.errors import UserError, first_cause
 from ..utils.settings import give, prepare
@@ -49,7 +49,7 @@ class Predictor:
             self.model = config.get_parsed_content("model")
             self.from_file = config.get_parsed_content("preprocessing")
             to_file = config.get_parsed_content("postprocessing")
-        self.from_memory = Compose([t for t in self.from_file.transforms if not isinstance(t, LoadImaged)])
+        self.from_memory = Compose([t for t in self.from_file.transforms if not isinstance(t, LoadScand)])
         self.to_memory = Compose([t for t in to_file.transforms if not isinstance(t, SaveImaged)])
 
     @classmethod

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..data.images import parts
 from ..data.labels import Labels
-from ..data.scans import case_id, image_files
+from ..data.scans import image_files, named_cases
 from ..utils.device import loader_workers
 from ..utils.errors import UserError
 from ..utils.files import check_writable, remembered, write_text
@@ -39,8 +39,7 @@ def fingerprint_cases(cases: Sequence[dict], channels: int, labels: Labels, fing
         labels: that dataset.json names.
         fingerprint_file: JSON file to remember the records in.
     """
-    named = [{"case": case_id(Path(image_files(case)[0]), 1), **case} for case in cases]  # a host may give no id
-    cases = list({case["case"]: case for case in named}.values())
+    cases = list({case["case"]: case for case in named_cases(cases)}.values())
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
         return _read_cases(cases, channels, labels, Path(fingerprint_file))

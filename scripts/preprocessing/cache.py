@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from ..data.grid import CHANNEL_BYTES, PEAK_BYTES
 from ..data.images import is_image, read_header
-from ..data.scans import case_id, image_files
+from ..data.scans import case_id, image_files, named_cases
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
 from ..utils.files import is_intact, remembered, write_text, write_whole
@@ -71,7 +71,7 @@ class CachedDataset(Dataset):
         spacing: Sequence[float],
         transform: Sequence | Compose = (),
     ) -> None:
-        super().__init__(data, transform)
+        super().__init__(named_cases(data), transform)
         self.stages, self.folder, self.spacing = _stages(stages, Path(folder)), Path(folder), spacing
         self.entries: list[list[_Entry]] = []  # of each case, one a stage; none before `prepare`
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImaged, MapTransform
+from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 
 from ..data.checks import check_image, check_same_grid
@@ -20,19 +19,17 @@ from ..data.scans import case_id
 CASE = "case"  # of a case and of a tensor's metadata: its id, which names masks and rows of tables
 
 
-class LoadScand(LoadImaged):
-    """MONAI's LoadImaged with the bundle's reader: (channels, X, Y, Z) float32, with the case's id in the metadata.
+class LoadScand(MapTransform):
+    """Loads scans as MONAI's LoadImaged does: (channels, X, Y, Z) float32, with the case's id in the metadata.
 
-    What is a tensor or an array already, as a host may give it, passes.
+    It is none of these, into whose inner parts hosts reach. What is a tensor or an array already, as a host may give
+    it, passes.
 
     Args:
         keys: files, or lists of files with a channel each.
     """
 
-    def __init__(self, keys: KeysCollection) -> None:
-        MapTransform.__init__(self, keys)  # and not LoadImaged's, which sets up every reader that is installed
-
-    def __call__(self, data: Mapping, reader: object = None) -> dict:
+    def __call__(self, data: Mapping) -> dict:
         """Load the files of each key.
 
         Raises:

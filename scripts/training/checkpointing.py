@@ -102,6 +102,7 @@ class TrainingRun:
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
         self.best_metric, self.best_epoch = float("-inf"), 0
         self.held_out = True  # whether there are cases to validate on
+        self.started = False
         self.state: dict[str, Any] | None = None
         self.saved = (0, 0)  # epoch and iteration of the newest checkpoint
         self.trainer: Engine | None = None
@@ -134,7 +135,10 @@ class TrainingRun:
         self.stopping.attach(engine, self.evaluator if self.held_out else None)
 
     def start(self, engine: SupervisedTrainer) -> None:
-        """Go on from the checkpoint, or set aside what an earlier run left."""
+        """Go on from the checkpoint, or set aside what an earlier run left; a trainer that is run again goes on."""
+        if self.started:
+            return
+        self.started = True
         state, self.state = self.state, None
         if state is not None:
             self._restore(engine, state)

@@ -62,9 +62,15 @@ def parameter_groups(network: nn.Module, learning_rate: float, layer_decay: floa
 def polynomial(optimizer: Optimizer, epochs: int, warmup: int = 0, power: float = 0.9) -> LambdaLR:
     """Schedule rates that fall by `(1 - epoch / epochs) ** power` as published.
 
-    Over the first `warmup` epochs they rise to it linearly. Source of the power: nnU-Net v1, `poly_lr`.
+    Over the first `warmup` epochs they rise to it linearly. A trainer that is run again when it is through, as in
+    rounds of federated learning, begins the schedule again. Source of the power: nnU-Net v1, `poly_lr`.
     """
-    return LambdaLR(optimizer, lambda epoch: min(1.0, (epoch + 1) / (warmup + 1)) * max(0, 1 - epoch / epochs) ** power)
+
+    def factor(epoch: int) -> float:
+        done = epoch % epochs
+        return min(1.0, (done + 1) / (warmup + 1)) * (1 - done / epochs) ** power
+
+    return LambdaLR(optimizer, factor)
 
 
 def take_up(schedule: LambdaLR) -> None:

@@ -76,7 +76,7 @@ def check_labels(given: Given) -> None:
         if given.model.labels and trained != found:
             raise UserError(
                 f"the weights were trained for the {name} {trained}, the data set has {found}; score them on data"
-                " with their labels, or correct dataset.json."
+                " with their labels, give the --ckpt_dir of other weights, or correct dataset.json."
             )
 
 

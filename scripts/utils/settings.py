@@ -10,7 +10,7 @@ import ast
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def give(config: ConfigParser, values: Mapping[str, object]) -> None:
             raise UserError(f"--{name} leads nowhere; docs/reference/settings.md lists the settings.") from None
 
 
-def prepare(config: ConfigParser | None = None) -> None:
+def prepare(config: ConfigParser | None = None, change: Callable[[ConfigParser], bool] | None = None) -> None:
     """Bring the settings of a configuration to what they are meant to be, or refuse them.
 
     It stands first among the steps that a configuration begins with, before anything that it could change is made.
@@ -94,6 +94,7 @@ def prepare(config: ConfigParser | None = None) -> None:
     Args:
         config: the configuration; by default the one whose expression calls this function, which MONAI does not hand
             to expressions.
+        change: sets what follows from other values, before these are read, and says whether it did.
 
     Raises:
         UserError: an unknown name, or a value that its setting cannot have.
@@ -110,6 +111,9 @@ def prepare(config: ConfigParser | None = None) -> None:
     changed = _accept_old_names(config)
     started = [name for w in _callers(ConfigWorkflow) for name in (w.init_id, w.run_id, w.final_id) if name]
     refuse_unknown(config, RENAMED, started)
+    if change is not None and change(config):
+        _parse_again(config, done)
+        changed = True
     if _read(config, worked_out=False) or changed:  # what was resolved before may depend on them
         _parse_again(config, done)
     if _read(config, worked_out=True):

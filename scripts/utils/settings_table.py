@@ -233,6 +233,7 @@ axes = Kind(
 )
 groups = Kind("names with lists of label values, for example \"{'tumor':[1,4]}\"", _groups)
 values = Kind("a list of label values", _several(_whole(0, MANY)))
+overlap = Kind("a part of the window, from 0 to below 1, for example 0.5", _number(0, 1, below=True))
 fold = Kind("the number of a fold, from 0 on, or all", _either(_one_of("all"), _whole(0)))
 described = _optional(Kind("a dictionary, as a plan or a recipe has it", _dictionary))
 
@@ -242,6 +243,7 @@ MODEL = {  # what is written beside weights, see weights/model_settings.py
     "dim": dimension,
     "deep_supervision": switch,
     "in_channels": channels,
+    "channels": _optional(Kind("a list of names", _several(_either(_name, _one_of(""))))),
     "out_channels": channels,
     "labels": _optional(Kind("a list of names", _several(_name, distinct=True))),
     "label_values": _optional(values),
@@ -256,6 +258,8 @@ MODEL = {  # what is written beside weights, see weights/model_settings.py
     "spacing": spacing,
     "patch_size": patch_size,
     "mirror_axes": axes,
+    "iterations": _optional(count),
+    "batch_size": _optional(count),
     "training_ranges": _optional(Kind("names with their lowest and highest values", _ranges)),
     "fold": fold,
 }
@@ -277,7 +281,8 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     "learning_rate": Kind("a finite number above 0, at most 1e30", _number(0, 1e30, above=True)),  # float32's end
     "nsd_tolerance_mm": positive,
     "memory_gb": _optional(positive),
-    "overlap": Kind("a part of the window, from 0 to below 1, for example 0.5", _number(0, 1, below=True)),
+    **dict.fromkeys(("overlap", "displayable_configs#overlap"), overlap),
+    **dict.fromkeys(("displayable_configs#tta", "displayable_configs#keep_largest"), switch),
     "num_workers": from_zero,
     "checkpoint_selection": Kind("best or last", _one_of("best", "last")),
     "window_scheme": Kind("nnunet or monai", _one_of("nnunet", "monai")),

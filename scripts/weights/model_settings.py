@@ -37,6 +37,7 @@ class ModelSettings:
         dim: "2d" or "3d".
         deep_supervision: whether the coarse heads are there.
         in_channels: of the image.
+        channels: names of the image's channels; None where nobody wrote them down.
         out_channels: of the network.
         labels: names of the network's channels, see data/labels.py; so with the next three.
         label_values: values of the labels in the files.
@@ -48,6 +49,8 @@ class ModelSettings:
         spacing: of the network's grid in mm.
         patch_size: of training and of the sliding window in voxels.
         mirror_axes: along which training mirrored.
+        iterations: of an epoch of the training, and with how many patches each; None where nobody wrote them down.
+        batch_size: see there.
         training_ranges: of the training cases, see planning/training_ranges.py.
         fold: that was held out.
     """
@@ -57,6 +60,7 @@ class ModelSettings:
     dim: str = "3d"
     deep_supervision: bool = True
     in_channels: int = 1
+    channels: list[str] | None = None
     out_channels: int = 4
     labels: list[str] | None = None
     label_values: list[int] | None = None
@@ -68,6 +72,8 @@ class ModelSettings:
     spacing: tuple[float, ...] | list[float] = (1.0, 1.0, 1.0)
     patch_size: tuple[int, ...] | list[int] = (128, 128, 128)
     mirror_axes: tuple[int, ...] | list[int] = (0, 1, 2)
+    iterations: int | None = None
+    batch_size: int | None = None
     training_ranges: dict[str, list[float]] | None = None
     fold: int | str = 0
 
@@ -176,6 +182,8 @@ def _contradictions(model: ModelSettings, written: Container[str]) -> Iterator[s
     """Say what cannot be true at once, of the settings that are written down."""
     if model.labels is not None and len(model.labels) != model.out_channels:
         yield f"labels has {len(model.labels)} names, out_channels is {model.out_channels}"
+    if model.channels is not None and len(model.channels) != model.in_channels:
+        yield f"channels has {len(model.channels)} names, in_channels is {model.in_channels}"
     values = model.label_values
     if values is not None and (values != sorted(set(values)) or values[:1] != [0] or len(values) < 2):
         yield f"label_values is {values}; expected 0 and at least one more, ascending"

@@ -58,6 +58,7 @@ def test_a_damaged_file_is_named(text, message, tmp_path):
 
 RIGHT = {
     "size": "S", "kernel_size": 3, "dim": "3d", "deep_supervision": True, "in_channels": 2, "out_channels": 3,
+    "channels": ["T1", "T2"], "iterations": 250, "batch_size": None,
     "labels": ["background", "a", "b"], "label_values": [0, 1, 4], "regions": None, "regions_class_order": None,
     "eval_classes": {"both": [1, 4]}, "crop_to_nonzero": False, "intensity": ["zscore", "none"],
     "spacing": [1.0, 1.0, 2.0], "patch_size": [32, 48, 32], "mirror_axes": [0, 1], "fold": 1,
@@ -73,6 +74,9 @@ WRONG = {
     "dim": ["4d", 3],
     "deep_supervision": ["true", 1, None],
     "in_channels": [0, -1, 1.5, "1", 10**9, None],
+    "channels": [["T1"], "T1", ["T1", 2]],
+    "iterations": [0, "2", 1.5],
+    "batch_size": [-1, [2]],
     "out_channels": [0, 4, 10**9, []],
     "labels": [["a"], ["a", "a", "b"], "abc", [0, 1, 2], {"a": 1}],
     "label_values": [[0, 1], [1, 2, 3], [0, 4, 1], [0, 1, 1], [0, 1, -4], "014"],
