@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import platform
 import re
@@ -17,7 +16,7 @@ from ..mednext import create_mednext
 from ..planning.memory import cpu_step_bytes
 from ..training.losses import SegmentationLoss
 from ..training.precision import AutocastInferer
-from ..utils.device import set_cpu_defaults
+from ..utils.device import give_memory_back, set_cpu_defaults
 from ..utils.errors import UserError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -56,8 +55,7 @@ def peak(
     inferer = AutocastInferer(cpu_precision)
     _train(("S", 3, 2, None), inferer, (32, 32, 32), 1, 1)
     gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    give_memory_back()
     RESET.write_text("5")  # the peak is what is held now
     before = _held("VmRSS")
     _train((size, kernel_size, out_channels, checkpoint_style), inferer, patch_size, batch_size, steps)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.datasets import Dataset
 from ..mednext import create_mednext
 from ..utils.errors import UserError
-from ..utils.files import sha256
+from ..utils.files import check_writable, sha256, write_folder_whole, write_whole
 from ..weights.checkpoints import check_weights
 from ..weights.model_settings import (
     BUNDLE_ROOT,
@@ -59,6 +59,7 @@ def package(
         UserError: no weights with settings, an evaluation of others, a name or version that no bundle can have, or one
             that is there already.
     """
+    check_writable(output_dir)
     weights = Path(ckpt_dir, "model.pt")
     model = _checked(weights)
     data = Dataset(dataset_dir) if dataset_dir else None
@@ -69,16 +70,25 @@ def package(
     metadata = make_metadata(
         model, name, str(version), data_source or _statement(data), authors, licence, _means(scores, trained)
     )
-    _copy_code(target)
-    _copy_weights(weights, target / "models")
-    _copy_documents(Path(ckpt_dir), scores, target / "docs")
-    text = json.dumps(metadata, indent=4, ensure_ascii=False) + "\n"
-    (target / "configs/metadata.json").write_text(text, encoding="utf-8")
-    (target / "docs/data_license.txt").write_text(f"{licence}\n{metadata['data_source']}\n", encoding="utf-8")
-    write_card(target / "docs/README.md", metadata, model, trained, scores, dataset_dir)
-    archive = shutil.make_archive(str(target.parent / f"{name}_v{version}"), "zip", target.parent, name)
+
+    def fill(folder: Path) -> None:
+        _copy_code(folder)
+        _copy_weights(weights, folder / "models")
+        _copy_documents(Path(ckpt_dir), scores, folder / "docs")
+        text = json.dumps(metadata, indent=4, ensure_ascii=False) + "\n"
+        (folder / "configs/metadata.json").write_text(text, encoding="utf-8")
+        (folder / "docs/data_license.txt").write_text(f"{licence}\n{metadata['data_source']}\n", encoding="utf-8")
+        write_card(folder / "docs/README.md", metadata, model, trained, scores, dataset_dir)
+
+    write_folder_whole(target, fill)
+    archive = target.with_name(f"{name}_v{version}.zip")
+    write_whole(archive, lambda partial: _zip(target, partial))
     print(f"made {target} and {archive}")
     print(f"its page is {target / 'docs/README.md'}; whose it is, its data and its licence are yours to say there")
+
+
+def _zip(folder: Path, file: Path) -> None:
+    Path(shutil.make_archive(str(file), "zip", folder.parent, folder.name)).replace(file)
 
 
 def _checked(weights: Path) -> ModelSettings:
