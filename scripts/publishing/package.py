@@ -22,7 +22,9 @@ from ..weights.model_settings import (
 from .metadata import make_metadata
 from .model_card import write_card
 
-CODE = ("configs", "scripts", "docs/reference/settings.md", "LICENSE", "requirements.txt", "large_files.yml")
+CODE = ("configs", "scripts", "LICENSE", "requirements.txt", "large_files.yml")
+SETTINGS = "docs/reference/settings.md"
+LINK = re.compile(r"\[([^\]]*)\]\(\.\./[^)]*\)")  # to a page that stays behind
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 UNKNOWN = "Not stated; whoever passes this bundle on says it here."
@@ -163,7 +165,6 @@ def _copy_code(target: Path) -> None:
         if source.is_dir():
             shutil.copytree(source, copy, ignore=passing)
         elif source.is_file():
-            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
 
 
@@ -175,6 +176,9 @@ def _copy_weights(weights: Path, models: Path) -> None:
 
 
 def _copy_documents(trained: Path, scores: str | None, docs: Path) -> None:
+    settings = docs.parent / SETTINGS
+    settings.parent.mkdir(parents=True)
+    settings.write_text(LINK.sub(r"\1", Path(BUNDLE_ROOT, SETTINGS).read_text(encoding="utf-8")), encoding="utf-8")
     found = {trained / "training/progress.png": "training.png"}
     if scores is not None:
         found |= {Path(scores, "cases.csv"): "cases.csv"}

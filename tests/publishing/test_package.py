@@ -103,8 +103,9 @@ def test_it_says_what_the_training_was(made, phantom_dir):
     page = (root / "docs/README.md").read_text()
     assert metadata["data_source"].startswith("Data set of 5 labelled cases; name: Phantom")
     assert f"| mean | 1 | {mean['dice']:.3f} |" in page
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page):
-        assert (root / "docs" / link).is_file(), link
+    for text in (root / "docs").rglob("*.md"):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text.read_text()):
+            assert (text.parent / link).is_file(), link
     assert (root / "docs/training.png").is_file()
     assert (root / "docs/best_median_worst.png").is_file()
     assert str(phantom_dir) not in "".join(p.read_text() for p in (root / "docs").glob("*.*") if p.suffix != ".png")
