@@ -90,7 +90,7 @@ def test_a_memory_budget_sets_batch_and_recomputing():
     more, style = largest_batch(patch, 1, 3, "S", 3, 20.0)
     assert more > 2 * few
     assert style is None
-    assert largest_batch(patch, 1, 3, "S", 3, 2.5)[1] == "expansion"
+    assert largest_batch(patch, 1, 3, "S", 3, 3.0)[1] == "expansion"
     assert largest_batch(patch, 1, 3, "L", 3, 3.0)[1] == "block"
     with pytest.raises(
         UserError, match=r"memory_gb is 0.5; MedNeXt S needs [\d.]+ GB for two patches of \[64, 64, 64\]"
