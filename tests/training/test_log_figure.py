@@ -70,7 +70,7 @@ def test_the_legend_fits_whatever_the_number_of_classes(classes, entries, tmp_pa
 def test_the_bold_line_is_what_was_measured(tmp_path, monkeypatch):
     rows = [{"epoch": e, "validation/dice": d, "validation/dice_a": d} for e, d in ((10, 0.2), (20, 0.8))]
     bold = [line for line in drawn(rows, tmp_path, monkeypatch).axes[1].lines if line.get_linewidth() > 1]
-    assert [line.get_ydata() for line in bold] == [[0.2, 0.8]] * 2
+    assert [list(line.get_ydata()) for line in bold] == [[0.2, 0.8]] * 2
 
 
 def test_an_empty_panel_says_what_it_waits_for(tmp_path, monkeypatch):

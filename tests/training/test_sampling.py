@@ -38,7 +38,7 @@ class TestSampler:
 
     def test_a_rare_label_is_in_about_its_share_of_the_drawn_cases(self):
         cases = [{"case": str(n), "image": f"{n}.nii.gz"} for n in range(100)]
-        records = [{"file": f"{n}.nii.gz", "labels": [9, 5, int(n == 7), 0, 3]} for n in reversed(range(100))]
+        records = [{"file": f"{n}.nii.gz", "labels": [9, 5, int(n == 7), 0, int(n == 3)]} for n in reversed(range(100))]
         labels = Labels(["background", "liver", "cyst", "absent"], [0, 1, 2, 3], ignore_value=4)
         assert case_weights(records, cases, labels, 0.0) is None
         weights = case_weights(records, cases, labels, 0.1)
