@@ -166,7 +166,7 @@ def _read(config: ConfigParser, worked_out: bool) -> bool:
 
 def _is_to_be_read(value: Any, default: Any, worked_out: bool) -> bool:
     if isinstance(value, str) and value.startswith(("$", "@", "%")):
-        return worked_out and value != str(default).replace("#", "::")
+        return worked_out and value.replace("#", "::") != str(default).replace("#", "::")
     made = isinstance(value, dict) and "_target_" in value  # by a function of the user's own, or of the shipped file
     nothing = value is None and default in (None, ABSENT)
     return not (worked_out or value is ABSENT or made or nothing)
