@@ -65,8 +65,11 @@ def _beside(config: ConfigParser) -> str:
 
 
 def _changed(content: Mapping, defaults: Mapping, name: str) -> bool:
-    value, default = find(content, name), find(defaults, name)
-    return value is not ABSENT and value != (default.replace("#", "::") if isinstance(default, str) else default)
+    value, default = (
+        found.replace("#", "::") if isinstance(found, str) else found
+        for found in (find(content, name), find(defaults, name))
+    )
+    return value is not ABSENT and value != default
 
 
 def _take(config: ConfigParser, defaults: Mapping, written: Mapping[str, Any]) -> None:
