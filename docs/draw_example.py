@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from scripts.data.visualization import COLOURS
+from scripts.data.visualization import label_colour
 
 
 def draw_example(scan: str, label: str, mask: str, output: str, width: int = 900) -> None:
@@ -42,7 +42,7 @@ def draw_example(scan: str, label: str, mask: str, output: str, width: int = 900
         if number:
             paint = np.zeros((rows, columns, 4))
             for value in np.unique(values[values > 0]).astype(int):
-                paint[values == value] = [*COLOURS[(value - 1) % len(COLOURS)] / 255, 0.55]
+                paint[values == value] = [*label_colour(value) / 255, 0.55]
             axes.imshow(paint, interpolation="nearest", aspect="auto")
     FigureCanvasAgg(figure).print_figure(output, facecolor="black", metadata={"Software": None})
 

@@ -16,6 +16,11 @@ COMMANDS = {  # name -> module, function, what it does
     "score_masks": ("evaluation.mask_scores", "score_masks", "score a folder of masks by a folder of references"),
     "compare_scores": ("evaluation.comparison", "compare_scores", "compare two evaluations, case by case"),
     "package": ("publishing.package", "package", "make of a training a bundle of its own, folder and zip"),
+    "ensemble_probabilities": (
+        "inference.ensemble_probabilities",
+        "ensemble_probabilities",
+        "masks of the mean of several folders of saved probabilities",
+    ),
     "convert_weights": (
         "weights.convert",
         "convert_weights",
@@ -38,7 +43,7 @@ def main() -> None:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        print("\n".join(f"{key:18}{text}" for key, (_, _, text) in COMMANDS.items()))
+        print("\n".join(f"{key:24}{text}" for key, (_, _, text) in COMMANDS.items()))
         sys.exit(f"error: {name!r} is no command; give one of those above." if name not in ("", "--help", "-h") else 0)
     module, function, _ = COMMANDS[name]
     try:

@@ -10,14 +10,13 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..inference.environment import peak_memory, reset_peak
 from ..kernels.cpu_mlp import linear
 from ..mednext import KERNEL_SIZES, create_mednext_v1
 from ..utils.device import set_cpu_defaults
@@ -152,7 +152,7 @@ def serve(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str
 
     for line in sys.stdin:
         name = line.strip()
-        _reset_peak()
+        reset_peak()
         begun = time.perf_counter()
         while True:
             start = time.perf_counter()
@@ -160,20 +160,7 @@ def serve(contender: Contender, size: str, kernel_size: int, tasks: Sequence[str
             end = time.perf_counter()
             if end - begun > TURN:
                 break
-        print(json.dumps([end - start, _peak()]), flush=True)
-
-
-def _reset_peak() -> None:
-    with suppress(OSError):  # where that does not work, the peak is that of the process's life
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps([end - start, peak_memory()]), flush=True)
 
 
 class _Worker:

@@ -1,14 +1,36 @@
-"""A picture to judge a segmentation by: one slice as scanned, with its label, and with the prediction."""
+"""Pictures to judge a segmentation by: slices as scanned and with labels, and the colours of labels everywhere."""
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 
 import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from .geometry import Geometry
+
+VIEW = "LAS"  # the first voxel is the patient's right, rear, lowest: radiological once rows run from top to bottom
+PLANES = ("sagittal", "coronal", "axial")  # across x, y, z
 COLOURS = np.array(  # Okabe and Ito's palette, distinguishable with any colour vision; label 1 comes first
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]]
 )
+GOLDEN, LIGHT, STRONG = (5**0.5 - 1) / 2, (0.55, 0.7, 0.4), (0.9, 0.55)  # turn of hue, and shades that take turns
+MORE = [  # colours of the labels behind the palette's
+    colorsys.hls_to_rgb(GOLDEN * n % 1, LIGHT[n % len(LIGHT)], STRONG[n % len(STRONG)]) for n in range(248)
+]
+LABEL_COLOURS = np.vstack([COLOURS, 255 * np.array(MORE)]).astype(np.uint8)
+
+
+def label_colour(value: np.ndarray | int) -> np.ndarray:
+    """Return the colour (.., 3), uint8, of a label value above 0, or of each of several."""
+    return LABEL_COLOURS[(np.asarray(value) - 1) % len(LABEL_COLOURS)]
+
+
+def turned(voxels: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, list[float]]:
+    """Turn stored voxels (X, Y, Z) so that their axes are VIEW's, without a copy; return their edges in mm, too."""
+    turn = ornt_transform(io_orientation(geometry.affine), axcodes2ornt(VIEW))
+    return apply_orientation(voxels, turn), [geometry.spacing[axis] for axis in np.argsort(turn[:, 0])]
 
 
 def draw_overlay(
@@ -28,16 +50,19 @@ def draw_overlay(
     """
     axis, index = fullest_slice(label, prediction, spacing)
     slices = [np.take(volume, index, axis=axis).T[::-1] for volume in (image, label, prediction)]
-    edges = np.delete(np.array(spacing[:3], dtype=float), axis)[::-1]
+    edges = np.delete(np.array(spacing[:3], dtype=float), axis)[::-1].tolist()
+    return np.concatenate(draw_slice(slices[0], slices[1:], edges, height), axis=1)
+
+
+def draw_slice(grey: np.ndarray, labels: Sequence[np.ndarray], edges: Sequence[float], height: int) -> list[np.ndarray]:
+    """Draw a slice (rows, columns) as scanned, and with each of some labels; `edges` are those of its pixels in mm."""
     rows, columns = (
-        _stretch(n, edge, min(edges), height / max(slices[0].shape))
-        for n, edge in zip(slices[0].shape, edges, strict=True)
+        _stretch(n, edge, min(edges), height / max(grey.shape)) for n, edge in zip(grey.shape, edges, strict=True)
     )
-    grey, wanted, found = (s[rows][:, columns] for s in slices)
-    low, high = _window(grey, (wanted > 0) | (found > 0))
+    grey, *labels = (s[rows][:, columns] for s in (grey, *labels))
+    low, high = _window(grey, np.any([values > 0 for values in labels], axis=0))
     grey = np.clip((grey - low) / max(high - low, 1e-6), 0, 1)[..., None] * np.full(3, 255.0)
-    panels = [grey, *(_paint(grey, values) for values in (wanted, found))]
-    return np.concatenate(panels, axis=1).astype(np.uint8)
+    return [panel.astype(np.uint8) for panel in (grey, *(_paint(grey, values) for values in labels))]
 
 
 def fullest_slice(label: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[int, int]:
@@ -77,6 +102,6 @@ def _paint(grey: np.ndarray, labels: np.ndarray) -> np.ndarray:
         & (centre == labels[1:-1, :-2])
         & (centre == labels[1:-1, 2:])
     )
-    colour = COLOURS[(labels - 1) % len(COLOURS)]
+    colour = label_colour(labels)
     strength = np.where(labels == 0, 0.0, np.where(inner, 0.35, 1.0))[..., None]
     return grey * (1 - strength) + colour * strength

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,27 +15,22 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import ignite
 import matplotlib
-import monai
-import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from ..data.images import first_channel
 from ..data.scans import image_files, mask_file, named_cases
-from ..data.visualization import COLOURS, draw_overlay, fullest_slice
+from ..data.visualization import PLANES, draw_overlay, fullest_slice, label_colour, turned
+from ..inference.environment import device_name, versions
 from ..utils.files import read_table, sha256, write_text
 from ..weights import model_settings
 from .tables import metrics_of
 
 DECIMALS = {"dice": 3, "nsd": 3, "hd95_mm": 2, "lesion_f1": 3}
-VIEW = "LAS"  # the first voxel is the patient's right, rear, lowest: radiological once rows run from top to bottom
-PLANES = ("sagittal", "coronal", "axial")  # across x, y, z
 MANY = 20  # classes; the boxes of more lie closer together
 DETECTED = (
     " Lesion F1: 1 is best; a component of the reference is found where at least one voxel of it is predicted,"
@@ -165,9 +159,6 @@ def _cases(rows: Sequence[dict], means: Mapping[str, float], classes: Iterable[s
 
 
 def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings: Mapping[str, object]) -> str:
-    metadata = json.loads(Path(model_settings.BUNDLE_ROOT, "configs", "metadata.json").read_text())
-    device = torch.device(device)
-    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     groups: dict[str, dict[str, object]] = {
         "Scored": {
             "on": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
@@ -175,22 +166,13 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
             "cases of": dataset_dir,
             "weights": weights,
             "their SHA-256": sha256(weights),
-            "device": f"{device}{gpu}",
+            "device": device_name(device),
         },
         "Settings": {
             name: value if isinstance(value, str) else json.dumps(value, default=str)
             for name, value in {**model_settings.read_model_settings(weights), **settings}.items()
         },
-        "Versions": {
-            metadata["name"]: metadata["version"],
-            "Python": platform.python_version(),
-            "PyTorch": torch.__version__,
-            "MONAI": monai.__version__,
-            "Ignite": ignite.__version__,
-            "nibabel": nib.__version__,
-            "NumPy": np.__version__,
-            "system": platform.platform(),
-        },
+        "Versions": {**versions()},
     }
     lines = []
     for group, facts in groups.items():
@@ -202,10 +184,6 @@ def _facts(dataset_dir: str, weights: Path, device: str | torch.device, settings
 
 def _embedded(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _colour(members: Sequence[int]) -> np.ndarray:
-    return COLOURS[(members[0] - 1) % len(COLOURS)]
 
 
 def _box_plots(rows: Sequence[dict], classes: Mapping[str, Sequence[int]]) -> str:
@@ -223,7 +201,7 @@ def _box_plots(rows: Sequence[dict], classes: Mapping[str, Sequence[int]]) -> st
                 values = values[np.isfinite(values)]
                 if not values.size:
                     continue
-                colour = _colour(members) / 255
+                colour = label_colour(members[0]) / 255
                 panel.boxplot(
                     values, positions=[at], widths=0.6, orientation="horizontal", showfliers=False, patch_artist=True,
                     boxprops={"facecolor": (*colour, 0.3), "edgecolor": "0.3"}, medianprops={"color": "black"},
@@ -248,7 +226,7 @@ def _legend(classes: Mapping[str, Sequence[int]]) -> str:
     """List the classes with the colours of the labels that belong to them."""
     entries = []
     for name, members in classes.items():
-        patches = "".join(f'<i style="background:rgb{tuple(map(int, _colour([m])))}"></i>' for m in members)
+        patches = "".join(f'<i style="background:rgb{tuple(map(int, label_colour(m)))}"></i>' for m in members)
         entries.append(f"<li>{patches}{escape(name)}</li>")
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
@@ -287,8 +265,6 @@ def draw_case(case: dict, mask: Path, label_values: Sequence[int]) -> tuple[byte
 
 
 def _turned(path: str | Path) -> tuple[np.ndarray, list[float]]:
-    """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, with axes as VIEW says."""
+    """Load a file's voxels (X, Y, Z), of several channels the first, and their edges in mm, as they are looked at."""
     image = first_channel(path)
-    turn = ornt_transform(io_orientation(image.geometry.affine), axcodes2ornt(VIEW))
-    edges = [image.geometry.spacing[axis] for axis in np.argsort(turn[:, 0])]
-    return apply_orientation(image.values.astype(np.float32), turn), edges
+    return turned(image.values.astype(np.float32), image.geometry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,10 @@ import numpy as np
 from ..data import dicom
 from ..data.dicom_series import find
 from ..data.geometry import Geometry, StoredImage, from_lps
-from ..data.visualization import COLOURS
+from ..data.visualization import label_colour
 from ..utils.errors import UserError
 from ..utils.packages import require_package
-from ..weights.model_settings import BUNDLE_ROOT
+from .environment import bundle
 
 SIDES = {"left": "Left", "right": "Right"}
 LESIONS = {"tumor": "Neoplasm", "tumour": "Neoplasm", "cancer": "Neoplasm", "lesion": "Lesion", "cyst": "Cyst"}
@@ -72,7 +71,7 @@ def write(path: Path, mask: np.ndarray, scan: str, names: Mapping[int, str]) -> 
             instance_number=1,
             manufacturer="MedNeXt MONAI bundle",
             manufacturer_model_name=MODEL,
-            software_versions=_version(),
+            software_versions=bundle()["version"],
             device_serial_number="0",
             content_label="SEGMENTATION",
             series_description="MedNeXt segmentation",
@@ -168,11 +167,11 @@ def _segment(number: int, value: int, name: str) -> Any:
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=MODEL, version=_version(), family=codes.cid7162.ArtificialIntelligence
+            name=MODEL, version=bundle()["version"], family=codes.cid7162.ArtificialIntelligence
         ),
         tracking_uid=highdicom.UID(),
         tracking_id=f"{_text(name)[:48]} {value}",
-        display_color=highdicom.color.CIELabColor.from_rgb(*map(int, COLOURS[(value - 1) % len(COLOURS)])),
+        display_color=highdicom.color.CIELabColor.from_rgb(*map(int, label_colour(value))),
     )
     if side is not None:
         made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [
@@ -210,7 +209,3 @@ def _known(group: str) -> dict[object, Any]:
         words = [word.lower() for word in CAPITALIZED.findall(keyword)]
         found |= dict.fromkeys((frozenset(words) - {"of", "the"}, "".join(words)), getattr(codes, keyword))
     return found
-
-
-def _version() -> str:
-    return json.loads((Path(BUNDLE_ROOT) / "configs/metadata.json").read_text(encoding="utf-8"))["version"]

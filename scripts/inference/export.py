@@ -24,7 +24,7 @@ from ..data.images import DICOM, MASK_ENDINGS, META, NIFTI, NRRD, format_of, rea
 from ..data.itk import open_reader
 from ..data.nifti import new_image, open_image
 from ..data.scans import image_files, mask_file
-from ..data.visualization import COLOURS
+from ..data.visualization import label_colour
 from ..utils.errors import UserError
 from ..utils.files import write_whole
 from ..utils.packages import require_package
@@ -75,10 +75,20 @@ class MaskLayout(FolderLayoutBase):
         output_dir: folder for the masks.
         output_format: of `data.images.MASK_ENDINGS`; None for that of each scan.
         output_file: the mask of a single scan, instead of both.
+        preview: whether a picture of each scan belongs to its mask.
+        save_probabilities: whether its probabilities do.
     """
 
-    def __init__(self, output_dir: str, output_format: str | None = None, output_file: str | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        output_format: str | None = None,
+        output_file: str | None = None,
+        preview: bool = False,
+        save_probabilities: bool = False,
+    ) -> None:
         self.output_dir, self.output_format, self.output_file = Path(output_dir), output_format, output_file
+        self.preview, self.save_probabilities = preview, save_probabilities
 
     def filename(self, subject: str, idx: object = None, scan: object = None, **parts: object) -> str:  # type: ignore[override] # as MONAI calls it
         """Return the path of a mask.
@@ -94,6 +104,19 @@ class MaskLayout(FolderLayoutBase):
     def mask(self, case: dict) -> Path:
         """Return the path of a case's mask."""
         return Path(self.filename(case["case"], scan=image_files(case)[0]))
+
+    def picture(self, case: str) -> Path:
+        """Return the path of a case's preview, in a folder of its own: in 2D, pictures are scans or masks."""
+        return self.output_dir / "previews" / f"{case}.png"
+
+    def probabilities(self, case: str) -> Path:
+        """Return the path of a case's probabilities, named as nnU-Net names them."""
+        return self.output_dir / f"{case}.npz"
+
+    def is_whole(self, case: str) -> bool:
+        """Tell whether all files are there that belong to a case's mask."""
+        wanted = [self.picture(case)] * self.preview + [self.probabilities(case)] * self.save_probabilities
+        return all(path.is_file() for path in wanted)
 
     def require(self, cases: Sequence[dict]) -> None:
         """Raise UserError unless the masks of these cases can be written so here."""
@@ -235,7 +258,7 @@ def slicer_segments(shape: Sequence[int], labels: Mapping[int, str]) -> dict[str
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
     for number, (value, name) in enumerate(sorted(labels.items())):
-        colour = COLOURS[(value - 1) % len(COLOURS)] / 255
+        colour = label_colour(value) / 255
         fields |= {
             f"Segment{number}_ID": f"Segment_{value}",
             f"Segment{number}_Name": " ".join(name.split()),

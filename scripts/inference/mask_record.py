@@ -1,18 +1,21 @@
 """The record of what made each mask of a folder, so that a run may go on where another one stopped.
 
-`masks.json` beside the masks has of each case the weights and settings that made its mask, and digests of its scan. An
-entry is taken out before a mask is made and put in when it and its row of the report are there: what is recorded is so.
+`masks.json` beside the masks has of each case the weights and settings that made its mask, versions and device they ran
+with, digests of its scan, seconds and memory that it took, and what the mask says of each organ. An entry is taken out
+before a mask is made and put in when it and its row of the report are there: what is recorded is so.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from monai.transforms import SaveImage, SaveImaged
 
@@ -24,9 +27,17 @@ from ..utils.errors import UserError
 from ..utils.files import remembered, write_text
 from ..utils.ownership import alone
 from ..weights.model_settings import ModelSettings
+from .environment import device_name, peaks_gb, reset_peak, versions
 from .export import MaskLayout, read_mask
+from .organs import ORGANS
+from .probabilities import SaveProbabilitiesd
 
-PARTS = {"made_by": dict, "masks": dict, "files": list}  # of the file, and of what kind their entries are
+PARTS = {
+    "made_by": dict,
+    "made_with": dict,
+    "masks": dict,
+    "files": list,
+}  # of the file, and their kinds
 NOT_OF_VOXELS = ("eval_classes", "fold", "patch_size", "mirror_axes")  # of the model; the last two as they are used
 SHORT = 12  # digits that tell one digest from another
 LONGEST = 100  # characters of a value in a message
@@ -43,6 +54,7 @@ class MaskRecord:
         model: the settings beside the weights.
         settings: those of the run that decide voxels, by names for messages, as JSON has them.
         steps: the transforms and the inferer, whose definitions decide voxels as well.
+        device: that computes.
     """
 
     def __init__(
@@ -52,6 +64,7 @@ class MaskRecord:
         model: ModelSettings,
         settings: Mapping[str, object],
         steps: Sequence[object],
+        device: str | torch.device = "cpu",
     ) -> None:
         self.layout, self.folder, self.file = layout, layout.output_dir, layout.output_dir / "masks.json"
         self.weights = weights
@@ -59,16 +72,24 @@ class MaskRecord:
         content = {**of_model, **settings, "steps": digest([*_described(steps)])[:SHORT]}
         self.settings: dict[str, object] = json.loads(json.dumps(content))
         self.made_by: dict[str, dict] = {}  # makers by their digests
+        self.made_with: dict[str, dict] = {}  # versions and devices, by their digests
+        self.device, self.begun = device, time.perf_counter()
         self.masks: dict[str, dict] = {}  # of each case the digests of its maker and of the files of its scan
         self.files: dict[str, list] = {}  # what `file_digest` remembers
         self.pending: dict[str, list[str]] = {}  # files of the cases that are still to be made
 
     @cached_property
     def maker(self) -> tuple[str, dict[str, object]]:
-        """Return the digest of weights and settings, and both as messages have them; the weights are read for that."""
+        """Return the digest of weights and settings, and both; the weights are read for that."""
         names = dict(sorted((file_digest(file, {}), file) for file in self.weights))
-        said = " and ".join(f"{file} (SHA-256 {found[:SHORT]})" for found, file in names.items())
+        said = {file: found for found, file in names.items()}
         return digest([list(names), self.settings])[:SHORT], {"weights": said, **self.settings}
+
+    @cached_property
+    def tools(self) -> tuple[str, dict[str, str]]:
+        """Return the digest of versions and device, and both."""
+        found = {**versions(), "device": device_name(self.device)}
+        return digest(found)[:SHORT], found
 
     def remaining(self, cases: Sequence[dict], skip_existing: bool) -> list[dict]:
         """List the cases that are to be segmented: all, or those that have no whole mask of this maker and their scan.
@@ -96,7 +117,13 @@ class MaskRecord:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.forget)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.note)
+
+    def begin(self, engine: Engine) -> None:
+        """Measure time and memory from here on, where the next scan is asked for."""
+        self.begun = time.perf_counter()
+        reset_peak()
 
     def forget(self, engine: Engine) -> None:
         """Take the masks out of the record that are about to be made, by the weights that are there now."""
@@ -111,7 +138,14 @@ class MaskRecord:
             scans = self.pending.get(case, [str(meta["filename_or_obj"])])
             digests = [image_digest(file, self.files) for file in scans]
             with self._changed():
-                self.masks[case] = {"made_by": self.maker[0], "scans": digests}
+                self.masks[case] = {
+                    "made_by": self.maker[0],
+                    "made_with": self.tools[0],
+                    "scans": digests,
+                    "seconds": round(time.perf_counter() - self.begun, 1),
+                    **peaks_gb(),
+                    ORGANS: meta.get(ORGANS, {}),
+                }
 
     def _read(self) -> None:
         """Read the record of earlier runs; what is damaged of it is unknown."""
@@ -130,12 +164,14 @@ class MaskRecord:
             self._read()
             self.files |= files
             self.made_by[maker] = content
+            self.made_with[self.tools[0]] = self.tools[1]
             yield
             self._write()
 
     def _write(self) -> None:
-        used = {self.maker[0]} | {str(entry.get("made_by")) for entry in self.masks.values()}
-        self.made_by = {maker: content for maker, content in self.made_by.items() if maker in used}
+        for name, own in (("made_by", self.maker[0]), ("made_with", self.tools[0])):
+            used = {own} | {str(entry.get(name)) for entry in self.masks.values()}
+            setattr(self, name, {key: content for key, content in getattr(self, name).items() if key in used})
         text = json.dumps({name: getattr(self, name) for name in PARTS}, indent=1) + "\n"
         write_text(self.file, text)
 
@@ -157,8 +193,10 @@ class MaskRecord:
             )
 
     def _is_done(self, case: dict) -> bool:
-        """Say whether a case has a whole mask on the grid of its scan, and the scan it was made from."""
+        """Say whether a case has a whole mask on its scan's grid, what belongs to it, and the scan it was made from."""
         entry, mask = self.masks.get(case["case"], {}), self.layout.mask(case)
+        if not self.layout.is_whole(case["case"]):
+            return False
         files = image_files(case)
         try:
             scans = [image_digest(file, self.files) for file in files]
@@ -174,7 +212,7 @@ def _described(steps: Sequence[object]) -> Iterator[object]:
     """Describe steps by class, values and code, see preprocessing/cache_key.py; those that only write are no part."""
     for step in steps:
         for part in getattr(step, "transforms", [step]):
-            if not isinstance(part, SaveImage | SaveImaged):
+            if not isinstance(part, SaveImage | SaveImaged | SaveProbabilitiesd):
                 try:
                     yield description(part)
                 except TypeError:  # a host's, of which its name alone can be said
@@ -188,7 +226,10 @@ def _told(*makers: Mapping[str, Any]) -> Iterator[str]:
     different = [name for name in different if name != "steps"] or different
     for maker in makers:
         settings = ", ".join(f"{name} {_short(json.dumps(maker.get(name)))}" for name in different)
-        yield f"{maker.get('weights', 'unknown weights')}{settings and f' with {settings}'}"
+        files = maker.get("weights")
+        known = files.items() if isinstance(files, Mapping) else ()
+        weights = " and ".join(f"{file} (SHA-256 {str(found)[:SHORT]})" for file, found in known) or "unknown weights"
+        yield f"{weights}{settings and f' with {settings}'}"
 
 
 def _short(text: str) -> str:

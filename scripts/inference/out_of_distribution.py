@@ -18,10 +18,21 @@ from monai.transforms import MapTransform
 
 from ..data.geometry import tilt
 from ..data.scans import case_id, case_of
-from ..data.statistics import LARGEST_TILT, TILT, contrast, label_volumes, present_ranges, rounded, scan_measures
+from ..data.statistics import (
+    LARGEST_TILT,
+    TILT,
+    class_sums,
+    contrast,
+    label_sums,
+    label_volumes,
+    present_ranges,
+    rounded,
+    scan_measures,
+)
 from ..utils.errors import UserError
 from ..utils.files import read_table, write_table
 from ..utils.ownership import alone
+from .organs import ORGANS, VOXELS, organ_columns
 
 GRID_FACTOR = 1.25  # how many times more or less than in training spacing and extent may be
 VOLUME_FACTOR = 2.0  # and the predicted volume of a label
@@ -111,24 +122,25 @@ class CompareWithTrainingd(MapTransform):
     Args:
         keys: masks (1, X, Y, Z) of label values on the scan's grid, with the metadata that `MeasureScand` wrote.
         ranges: smallest and largest value of each measure in training, or None where nothing is known of it.
-        values: values of the labels, background first, or None.
+        classes: label values of each label or region whose volume is measured, by its name.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
         ranges: Mapping[str, Sequence[float]] | None = None,
-        values: Sequence[int] | None = None,
+        classes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(keys)
-        self.ranges, self.labels = present_ranges(ranges or {}), list(values or [])[1:]
+        self.classes = {name: list(group) for name, group in (classes or {}).items()}
+        self.ranges = present_ranges(ranges or {}, self.classes)
 
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
             mask = data[key]
-            counts = {label: int((mask.as_tensor() == label).sum()) for label in self.labels}
+            counts = class_sums(label_sums(mask[0].cpu().numpy()), self.classes)
             found = {**mask.meta["measured"], **label_volumes(counts, float(mask.affine[:3, :3].det().abs()))}
-            mask.meta |= {"measured": found, UNLIKE: out_of_range(found, self.ranges)}
+            mask.meta |= {"measured": found, VOXELS: counts, UNLIKE: out_of_range(found, self.ranges)}
         return data
 
 
@@ -190,6 +202,7 @@ class InferenceReport:
             meta = engine.state.output[0]["pred"].meta
             case, scan = case_of(meta), str(meta["filename_or_obj"])
             measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
+            measured |= organ_columns(meta.get(ORGANS, {}))
             made = {PRECISION: self.precision, UNLIKE: "; ".join(meta[UNLIKE])}
             self.unlike[scan] = meta[UNLIKE]
             with alone(self.file):

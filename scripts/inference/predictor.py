@@ -26,6 +26,8 @@ from ..weights import checkpoints
 from ..weights.model_settings import BUNDLE_ROOT
 from .engines import ScanDataset
 from .out_of_distribution import UNLIKE, warn_if_unlike
+from .probabilities import SaveProbabilitiesd, on_scan_grid
+from .sliding_window import SlidingWindowInferer
 
 Image = nib.spatialimages.SpatialImage | np.ndarray
 
@@ -47,10 +49,11 @@ class Predictor:
             self.device = torch.device(config.get_parsed_content("device"))
             self.amp = config.get_parsed_content("amp")
             self.model = config.get_parsed_content("model")
+            self.labels = config.get_parsed_content("labels")
             self.from_file = config.get_parsed_content("preprocessing")
             to_file = config.get_parsed_content("postprocessing")
         self.from_memory = Compose([t for t in self.from_file.transforms if not isinstance(t, LoadScand)])
-        self.to_memory = Compose([t for t in to_file.transforms if not isinstance(t, SaveImaged)])
+        self.to_memory = Compose([t for t in to_file.transforms if not isinstance(t, SaveImaged | SaveProbabilitiesd)])
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str | torch.device | None = None, **settings) -> Predictor:
@@ -90,11 +93,30 @@ class Predictor:
         """
         with _unwrapped(), torch.inference_mode():
             case = self._preprocessed(image, affine)
-            with torch.autocast(self.device.type, enabled=self.amp, **amp_kwargs(self.device)):
-                scores = self.inferer(case["image"][None].to(self.device), self.network)[0]
+            scores = self._segmented(case, self.inferer)
             mask = self.to_memory({**case, "pred": scores})["pred"]
             warn_if_unlike(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])
             return mask[0].numpy()
+
+    def probabilities(self, image: str | Path | Image, affine: np.ndarray | None = None) -> np.ndarray:
+        """Compute the probabilities of the classes, or regions, on an image's own grid: (classes, X, Y, Z), float16.
+
+        Args:
+            image: and `affine`, as for segmenting.
+            affine: affine of an array.
+
+        Raises:
+            UserError: as for segmenting.
+        """
+        with _unwrapped(), torch.inference_mode():
+            case = self._preprocessed(image, affine)
+            scores = self._segmented(case, self.inferer.keeping_scores())
+            (found,) = on_scan_grid(scores, case["image"], self.labels, at_once=None)
+            return np.ascontiguousarray(found.numpy())
+
+    def _segmented(self, case: dict, inferer: SlidingWindowInferer) -> torch.Tensor:
+        with torch.autocast(self.device.type, enabled=self.amp, **amp_kwargs(self.device)):
+            return inferer(case["image"][None].to(self.device), self.network)[0]
 
     def _preprocessed(self, image: str | Path | Image, affine: np.ndarray | None) -> dict:
         if not isinstance(image, str | Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -91,6 +92,7 @@ class SlidingWindowInferer(Inferer):
         self.mirrored = [[a + 2 for a in axes] for n in counts for axes in combinations(mirror_axes, n)]
         self.starts, self.weights = WINDOW_SCHEMES[window_scheme]
         self.labels_early, self.region_order = labels_early, region_order
+        self.scratch: str | None = None  # folder for large scores that are kept, see `keeping_scores`
         self.watch: Callable[[int, int], None] | None = None  # told how many of how many windows of a scan are done
         self.batches = window_batch.WindowBatches()
 
@@ -117,10 +119,16 @@ class SlidingWindowInferer(Inferer):
         logger.warning("%s: no memory for a scan and the sums of its windows; they are kept in RAM", plain.device)
         return _joined(map(segment, plain.cpu().split(1)))
 
+    def keeping_scores(self, scratch: str | None = None) -> SlidingWindowInferer:
+        """Return one like this that keeps scores and not labels; large ones in a file in the folder `scratch`."""
+        made = copy.copy(self)
+        made.labels_early, made.scratch = False, scratch
+        return made
+
     def _result(self, inputs: torch.Tensor, image: torch.Tensor, classes: int, inside: Sequence[slice]) -> Result:
         """Choose what is kept of the scores of a scan, which lie where the image (1, C, *padded) does."""
         shape = (classes, *image.shape[2:])
-        storage = Storage(image, shape, self.full_precision_gb)
+        storage = Storage(image, shape, self.full_precision_gb, self.scratch)
         if not self.labels_early or not isinstance(inputs, MetaTensor) or not knows_scan_grid(inputs):
             return Scores(shape, inside, storage)
         if has_native_voxels(inputs):

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import collate_meta_tensor
 
 from ..preprocessing.resampling import LabelsOnGrid, decide_labels, label_type, scan_grid
 from ..utils.device import passing_zeros
+from ..utils.files import scratch_file
 from .window_sums import Block
 
 PLANES = 2  # that are handed on to be resampled at once
@@ -34,14 +36,21 @@ class Storage:
         like: a tensor on the scan's device and in its precision.
         shape: of all scores of a scan.
         full_precision_gb: up to this size, as if in float32, they are stored in full.
+        scratch: folder for a file that holds large ones instead of RAM; None for RAM.
     """
 
-    def __init__(self, like: torch.Tensor, shape: Sequence[int], full_precision_gb: float) -> None:
+    def __init__(
+        self, like: torch.Tensor, shape: Sequence[int], full_precision_gb: float, scratch: str | None = None
+    ) -> None:
         small = math.prod(shape) * 4 <= full_precision_gb * 1e9
         self.device, self.dtype = (like.device, like.dtype) if small else (torch.device("cpu"), torch.float16)
+        self.scratch = None if small else scratch
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """Allocate a tensor there."""
+        if self.scratch is not None:  # which ends with the tensor
+            with scratch_file(self.scratch, 2 * math.prod(shape)) as file:
+                return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=tuple(shape)))
         return passing_zeros(shape, torch.empty(0, device=self.device, dtype=self.dtype))
 
 

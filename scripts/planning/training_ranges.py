@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..data.labels import Labels
 from ..data.scans import image_files
-from ..data.statistics import contrast, label_volumes, rounded, scan_measures
+from ..data.statistics import class_sums, contrast, label_volumes, rounded, scan_measures
 
 
 def learn_training_ranges(
-    records: Sequence[dict], cases: Sequence[dict], values: Sequence[int], crop_to_nonzero: bool = False
+    records: Sequence[dict], cases: Sequence[dict], labels: Labels, crop_to_nonzero: bool = False
 ) -> dict[str, list[float]]:
     """Find the smallest and the largest value of each measure over the training cases, by the measure's name.
 
     Args:
         records: fingerprints of cases, see fingerprint_file.py; those of other cases and unusable ones are left out.
         cases: the training cases.
-        values: values of the labels, background first.
+        labels: of the data set; the volumes are of its regions, or else of its foreground labels.
         crop_to_nonzero: measure the box of non-zero voxels, which is what the network gets then.
     """
     shape = "cropped" if crop_to_nonzero else "shape"
@@ -25,7 +26,7 @@ def learn_training_ranges(
     found: dict[str, list[float]] = {}
     for record in records:
         if record["file"] in files and "error" not in record:
-            counts = dict(list(zip(values, record["labels"], strict=False))[1:])
+            counts = class_sums(dict(zip(labels.values, record["labels"], strict=False)), labels.eval_classes)
             contrasts = [contrast(c["mean"], c["std"]) if c else 0.0 for c in record["channels"]]
             measured = scan_measures(record["spacing"], record[shape], contrasts, record.get("tilt", 0.0))
             for name, value in {**measured, **label_volumes(counts, math.prod(record["spacing"]))}.items():

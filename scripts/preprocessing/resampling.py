@@ -125,10 +125,10 @@ def labels_on_grid(
     return found.labels
 
 
-class LabelsOnGrid:
-    """Finds labels as `labels_on_grid` does, while the planes of the scores along their first axis become known.
+class _OnGrid:
+    """Interpolates scores on another grid slab by slab, while their planes along the first axis become known.
 
-    `labels` are complete when all planes were added. What later slabs do not touch is dropped.
+    What later slabs do not touch is dropped.
 
     Args:
         size: of the scores (classes, X, Y, Z).
@@ -142,15 +142,13 @@ class LabelsOnGrid:
         target_affine: torch.Tensor,
         shape: Sequence[int],
         classes: int | None = None,
-        region_order: Sequence[int] | None = None,
         slab_voxels: int = 2**21,
     ) -> None:
         # target voxel -> scores voxel
         self.to_scores = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()
         self.voxels_meet = classes is not None and _voxels_meet(self.to_scores)
         self.size = torch.tensor(size[1:], dtype=torch.float64)
-        self.classes, self.region_order = classes, region_order
-        self.labels = torch.empty(list(shape), dtype=label_type(classes or size[0], region_order))
+        self.classes = classes
         self.known: torch.Tensor | None = None  # planes that slabs to come may touch
         self.first = 0  # of them
         axis = int(self.to_scores[0, :3].abs().argmax())  # of the target, along which the scores' planes follow
@@ -170,17 +168,17 @@ class LabelsOnGrid:
         return low, high
 
     def add(self, planes: torch.Tensor) -> None:
-        """Add the scores (classes, n, Y, Z) of the next planes, and decide what can be decided."""
+        """Add the scores (classes, n, Y, Z) of the next planes, and interpolate what they suffice for."""
         self.known = planes if self.known is None else torch.cat([self.known, planes], dim=1)
         stop = self.first + self.known.shape[1]
         for slab, low, high in self.open:
             if high[0] <= stop:
-                self._decide(slab, low, high)
+                self._interpolate(slab, low, high)
         self.open = [part for part in self.open if part[2][0] > stop]
         first = min([int(low[0]) for _, low, _ in self.open] + [stop])
         self.known, self.first = self.known[:, max(first - self.first, 0) :].clone(), max(first, self.first)
 
-    def _decide(self, slab: Sequence[range], low: torch.Tensor, high: torch.Tensor) -> None:
+    def _interpolate(self, slab: Sequence[range], low: torch.Tensor, high: torch.Tensor) -> None:
         assert self.known is not None, "there are planes"
         spans = [slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
         spans[0] = slice(spans[0].start - self.first, spans[0].stop - self.first)
@@ -200,9 +198,63 @@ class LabelsOnGrid:
         )[0]
         # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
         inside = ((at > -1.0) & (at < self.size)).all(dim=-1)
+        self._keep(tuple(slice(r.start, r.stop) for r in slab), values, inside)
+
+    def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
+        """Keep what is wanted of a slab that lies `there`.
+
+        Args:
+            there: in the target grid.
+            values: (classes, *slab).
+            inside: (*slab), whether a voxel lies in the scores' grid, on the CPU.
+        """
+        raise NotImplementedError
+
+
+class LabelsOnGrid(_OnGrid):
+    """Finds labels as `labels_on_grid` does; they are complete when all planes were added."""
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        affine: torch.Tensor,
+        target_affine: torch.Tensor,
+        shape: Sequence[int],
+        classes: int | None = None,
+        region_order: Sequence[int] | None = None,
+        slab_voxels: int = 2**21,
+    ) -> None:
+        super().__init__(size, affine, target_affine, shape, classes, slab_voxels)
+        self.region_order = region_order
+        self.labels = torch.empty(list(shape), dtype=label_type(classes or size[0], region_order))
+
+    def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
         decided = values[0] if self.voxels_meet else decide_labels(values, self.region_order)
-        there = tuple(slice(r.start, r.stop) for r in slab)
         self.labels[there] = decided.to(self.labels.dtype).cpu() * inside
+
+
+class ScoresOnGrid(_OnGrid):
+    """Keeps the scores (classes, *shape) themselves, in half precision, with the first axis of a voxel the fastest.
+
+    Args:
+        size: and others as for `labels_on_grid`.
+        outside: score of each class where the scores' grid does not reach.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        affine: torch.Tensor,
+        target_affine: torch.Tensor,
+        shape: Sequence[int],
+        outside: Sequence[float],
+    ) -> None:
+        super().__init__(size, affine, target_affine, shape)
+        self.outside = torch.tensor(outside)[:, None, None, None]
+        self.scores = torch.empty([size[0], *reversed(shape)], dtype=torch.float16).permute(0, 3, 2, 1)
+
+    def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
+        self.scores[(slice(None), *there)] = torch.where(inside, values.cpu(), self.outside).half()
 
 
 def _coordinates(to_other: torch.Tensor, indices: Sequence[range]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError
 
@@ -92,6 +93,22 @@ def write_text(path: str | Path, text: str) -> None:
 def copy_file(source: str | Path, path: str | Path) -> None:
     """Copy a file with its times, whole or not at all."""
     write_whole(path, lambda partial: shutil.copy2(source, partial))
+
+
+@contextmanager
+def scratch_file(folder: str | Path, size: int) -> Iterator[IO[bytes]]:
+    """Open a file of `size` zeros in a folder, which no name shows and which ends with who has it open or mapped.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with explained(Path(folder)), tempfile.TemporaryFile(dir=folder, suffix=_suffix()) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a mapped file that grows as it is written kills the process
+        else:
+            file.truncate(size)
+        yield file
 
 
 def check_writable(*folders: str | Path, need: int = 0) -> None:

@@ -271,7 +271,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     **dict.fromkeys(("bundle_root", "dataset_dir", "ckpt_dir", "output_dir", "cache_dir", "model_file"), path),
     **dict.fromkeys(("output", "folder", "fingerprint_file", "checks#fingerprint#fingerprint_file"), path),
     **dict.fromkeys(("init_weights", "postprocessing_file"), _optional(path)),
-    **dict.fromkeys(("skip_existing", "tta", "amp", "compile"), switch),
+    **dict.fromkeys(("skip_existing", "tta", "amp", "compile", "preview", "save_probabilities"), switch),
     **dict.fromkeys(("save_predictions", "lesion_scores", "train#batch_dice"), switch),
     **dict.fromkeys(("epochs", "iterations", "batch_size", "val_interval"), count),
     "resume": Kind("True, False or auto", _either(_one_of("auto"), _switch)),

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from scripts.data.statistics import contrast, label_volumes, present_ranges, rounded, scan_measures
+from scripts.data.statistics import (
+    class_sums,
+    contrast,
+    label_sums,
+    label_volumes,
+    present_ranges,
+    rounded,
+    scan_measures,
+)
 
 
 def test_a_scan_has_spacing_and_extent_an_axis_and_contrast_a_channel():
@@ -16,9 +25,48 @@ def test_a_scan_has_spacing_and_extent_an_axis_and_contrast_a_channel():
 
 
 def test_volumes_are_in_millilitres():
-    assert label_volumes({2: 500, 7: 0}, 1.5) == pytest.approx(
-        {"volume of label 2 (ml)": 0.75, "volume of label 7 (ml)": 0.0}
+    assert label_volumes({"liver": 500, "label 7": 0}, 1.5) == pytest.approx(
+        {"volume of liver (ml)": 0.75, "volume of label 7 (ml)": 0.0}
     )
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("top", "dtype"), [(5, np.uint8), (300, np.int16), (1, np.uint8)])
+def test_voxels_are_counted_and_added_up_by_label_and_by_class(top, dtype, order):
+    rng = np.random.default_rng(0)
+    labels = np.asarray(rng.integers(0, top, (7, 5, 35)), dtype, order=order)
+    voxels = np.asarray(rng.integers(-1000, 3000, labels.shape), np.int16)
+    counts, sums = label_sums(labels), label_sums(labels, voxels)
+    for value in range(top):
+        assert counts.get(value, 0) == (labels == value).sum()
+        assert sums.get(value, 0) == voxels[labels == value].astype(float).sum()
+    assert class_sums(counts, {"odd": [1, 3], "none": [999]}) == {"odd": np.isin(labels, [1, 3]).sum(), "none": 0}
+    assert label_sums(np.zeros((0, 0, 0), np.uint8)) == {0: 0}
+
+
+LIVER = {"volume of liver (ml)": [900.0, 2000.0]}
+
+
+@pytest.mark.parametrize(
+    ("written", "classes", "expected"),
+    [
+        ({"volume of label 6 (ml)": [900.0, 2000.0]}, {"liver": [6]}, LIVER),
+        (LIVER, {"liver": [6]}, LIVER),
+        ({"volume of label 1 (ml)": [1, 2]}, {"label 1": [1]}, {"volume of label 1 (ml)": [1, 2]}),
+        (  # names that look like the old keys, in an old file and in a new one
+            {"volume of label 1 (ml)": [1, 2], "volume of label 2 (ml)": [3, 4]},
+            {"label 2": [1], "label 3": [2]},
+            {"volume of label 2 (ml)": [1, 2], "volume of label 3 (ml)": [3, 4]},
+        ),
+        ({"volume of label 2 (ml)": [1, 2]}, {"label 2": [1]}, {"volume of label 2 (ml)": [1, 2]}),
+        ({"volume of label 4 (ml)": [1, 2], "volume of label 1 (ml)": [3, 4]}, {"all": [1, 4], "core": [4]},
+         {"volume of core (ml)": [1, 2]}),  # of the whole region nothing was learnt
+        ({"volume of label 1 (ml)": [1, 2]}, {}, {"volume of label 1 (ml)": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_volumes_of_earlier_weights_are_those_of_the_organs(written, classes, expected):
+    assert present_ranges(written, classes) == expected
+    assert present_ranges(expected, classes) == expected
 
 
 @pytest.mark.parametrize(

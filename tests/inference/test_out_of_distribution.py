@@ -57,7 +57,7 @@ def ranges(phantom_dir, tmp_path_factory):
     """Of the cases that fold 0 trains on."""
     data, file = Dataset(phantom_dir), str(tmp_path_factory.mktemp("fingerprint") / "fingerprint.json")
     records = fingerprint_cases(data.cases, 1, data.labels, file)
-    return learn_training_ranges(records, data.training_cases(0), data.labels.values)
+    return learn_training_ranges(records, data.training_cases(0), data.labels)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,10 @@ def test_volumes_are_those_of_the_mask_in_millilitres():
     mask = torch.zeros(1, 10, 10, 10, dtype=torch.uint8)
     mask[:, :5] = 7
     mask = MetaTensor(mask, affine=torch.diag(torch.tensor([-2.0, 1.0, 0.5, 1.0])), meta={"measured": {}})
-    meta = CompareWithTrainingd("pred", {"volume of label 7 (ml)": [1.1, 1.2]}, [0, 7])({"pred": mask})["pred"].meta
-    assert meta["measured"] == {"volume of label 7 (ml)": 0.5}
-    assert meta[UNLIKE] == ["volume of label 7 (ml) is 0.5, in training 1.1 to 1.2"]
+    for ranges in ({"volume of left lung (ml)": [1.1, 1.2]}, {"volume of label 7 (ml)": [1.1, 1.2]}):  # now, and of 0.6
+        meta = CompareWithTrainingd("pred", ranges, {"left lung": [7]})({"pred": mask})["pred"].meta
+        assert meta["measured"] == {"volume of left lung (ml)": 0.5}
+        assert meta[UNLIKE] == ["volume of left lung (ml) is 0.5, in training 1.1 to 1.2"]
 
 
 class TestReport:
@@ -218,7 +219,7 @@ def test_real_scans_of_one_data_set_are_alike_and_another_s_are_not(tmp_path):
     def learned(name):
         data = Dataset(SHARED / name)
         records = fingerprint_cases(data.cases, len(data.channels), data.labels, str(tmp_path / f"{name}.json"))
-        return learn_training_ranges(records, data.cases, data.labels.values)
+        return learn_training_ranges(records, data.cases, data.labels)
 
     hippocampus, brains = learned("Task04_Hippocampus"), learned("Dataset902_FetalBrain")
     image = {name: limits[0] for name, limits in hippocampus.items()}
@@ -240,7 +241,7 @@ def test_a_tilted_header_is_measured_and_said_of_weights_without_ranges():
     turn[:2, :2] = torch.tensor([[0.766, -0.643], [0.643, 0.766]])  # 40 degrees
     image = MeasureScand("image")({"image": MetaTensor(torch.ones(1, 4, 4, 4), affine=turn)})["image"]
     mask = MetaTensor(torch.zeros(1, 4, 4, 4), affine=turn, meta={"measured": image.meta["measured"]})
-    (said,) = CompareWithTrainingd("pred", None, [0, 1])({"pred": mask})["pred"].meta[UNLIKE]
+    (said,) = CompareWithTrainingd("pred", None, {"a": [1]})({"pred": mask})["pred"].meta[UNLIKE]
     assert said.startswith("it is tilted by 40 degrees off the patient's axes, beyond the 30 that augmentation shows")
 
 
