@@ -21,7 +21,8 @@ from ..utils.files import write_whole
 from .export import MaskLayout
 
 PIXELS, DPI = 512, 110  # of a panel's longer side; of an inch
-INCHES, HIGHEST, TITLE = 11.0, 6.0, 0.3  # width of the picture, height of the panels at most, and of what is over them
+INCHES, GAP = 11.0, 0.06  # width of the picture, and between panels
+HIGHEST, TITLE = 6.0, 0.3  # height of the panels at most, and of what is over them
 SIDES = (("P", "A", "S", "I"), ("R", "L", "S", "I"), ("R", "L", "A", "P"))  # left, right, top, bottom of PLANES
 PLACES = ((0.01, 0.5, "left", "center"), (0.99, 0.5, "right", "center"),
           (0.5, 0.99, "center", "top"), (0.5, 0.01, "center", "bottom"))  # fmt: skip
@@ -86,15 +87,16 @@ def draw_preview(
         ["white" if value in drawn else "0.6" for value, _ in entries],
     )
     shapes = [panel.shape[1] / panel.shape[0] for panel in panels.values()]
-    high = min(INCHES / sum(shapes), HIGHEST)
+    free = INCHES - GAP * (len(shapes) - 1)
+    high = min(free / sum(shapes), HIGHEST)
     under = legend.get_window_extent().height / DPI
     total = TITLE + high + under
     figure.set_size_inches(INCHES, total)
     legend.set_bbox_to_anchor((0, under / total))
-    left = (INCHES - high * sum(shapes)) / 2
+    left = (free - high * sum(shapes)) / 2
     for (axis, panel), shape in zip(panels.items(), shapes, strict=True):
         axes = figure.add_axes((left / INCHES, under / total, high * shape / INCHES, high / total))
-        left += high * shape
+        left += high * shape + GAP
         axes.imshow(panel)
         axes.axis("off")
         if not is_picture:
