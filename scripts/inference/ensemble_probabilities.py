@@ -84,8 +84,9 @@ def _decide(members: Sequence[ProbabilityFile], labels: Labels) -> np.ndarray:
     best = np.full(space, 0.5 if order else -1.0, np.float32)
     for values, *volumes in zip(order or labels.values, *(member.volumes() for member in members), strict=True):
         mean = np.zeros(space, np.float32)
-        for volume in volumes:
-            mean += volume
+        with np.errstate(all="ignore"):  # of damaged files, whose checksum is compared behind the last class
+            for volume in volumes:
+                mean += volume
         mean /= len(members)
         better = mean > best
         mask[better] = values

@@ -89,7 +89,7 @@ def draw_preview(
     shapes = [panel.shape[1] / panel.shape[0] for panel in panels.values()]
     free = INCHES - GAP * (len(shapes) - 1)
     high = min(free / sum(shapes), HIGHEST)
-    under = legend.get_window_extent().height / DPI
+    under = legend.get_window_extent().height / DPI + GAP
     total = TITLE + high + under
     figure.set_size_inches(INCHES, total)
     legend.set_bbox_to_anchor((0, under / total))

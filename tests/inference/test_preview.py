@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import GRIDS, bundle, grid, world
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from scripts.data.datasets import Dataset
@@ -52,7 +53,7 @@ def test_planes_go_through_the_middle_of_the_largest_label():
     assert [axes.get_title() for axes in figure.axes] == ["axial, 14 of 20", "coronal, 20 of 30", "sagittal, 15 of 40"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a  0.064 ml", "b  0.7 ml"]
-    assert [text.get_color() for text in legend.get_texts()] == ["0.6", "white"]  # the first is in no plane
+    assert [to_hex(text.get_color()) for text in legend.get_texts()] == ["#999999", "#ffffff"]  # one is in no plane
     assert all((pixels == COLOURS[1]).all(axis=-1).any() for pixels in panels(figure).values())
 
 
