@@ -109,7 +109,11 @@ class MaskRecord:
             self._require_same()
             left = [case for case in cases if not self._is_done(case)]
             again = sum(self.layout.mask(case).exists() for case in left)
-            said = f"; {again} masks are damaged, of another scan or not on record, and made again" if again else ""
+            said = (
+                f"; {again} masks are damaged, of another scan or not on record, or incomplete, and made again"
+                if again
+                else ""
+            )
             done = len(cases) - len(left)
             logger.info("%d of %d scans have masks in %s and are left out%s", done, len(cases), self.folder, said)
         self.pending = {case["case"]: image_files(case) for case in left}
