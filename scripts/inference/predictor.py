@@ -111,7 +111,7 @@ class Predictor:
         with _unwrapped(), torch.inference_mode():
             case = self._preprocessed(image, affine)
             scores = self._segmented(case, self.inferer.keeping_scores())
-            (found,) = on_scan_grid(scores, case["image"], self.labels, at_once=None)
+            (found,) = on_scan_grid(scores, case["image"], self.labels)
             return np.ascontiguousarray(found.numpy())
 
     def _segmented(self, case: dict, inferer: SlidingWindowInferer) -> torch.Tensor:

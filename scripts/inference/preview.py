@@ -44,11 +44,11 @@ class Preview:
         self, case: str, scan: StoredImage, mask: np.ndarray, names: Mapping[int, str], millilitres: Mapping[str, float]
     ) -> None:
         """Write what `draw_preview` draws as a PNG, whole or not at all."""
-        with matplotlib.rc_context({"text.parse_math": False}):  # a label may be named $1$
-            figure = draw_preview(scan, mask, names, millilitres)
-            write_whole(self.layout.picture(case), lambda partial: figure.savefig(partial, format="png", dpi=DPI))
+        figure = draw_preview(scan, mask, names, millilitres)
+        write_whole(self.layout.picture(case), lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a label may be named $1$
 def draw_preview(
     scan: StoredImage, mask: np.ndarray, names: Mapping[int, str], millilitres: Mapping[str, float]
 ) -> Figure:

@@ -59,13 +59,13 @@ class SaveProbabilitiesd(MapTransform):
                 (len(scores), *shape),
                 affine.numpy(),
                 about,
-                on_scan_grid(scores, image, self.labels),
+                on_scan_grid(scores, image, self.labels, AT_ONCE),
             )
         return data
 
 
 def on_scan_grid(
-    scores: torch.Tensor, image: MetaTensor, labels: Labels, at_once: int | None = AT_ONCE
+    scores: torch.Tensor, image: MetaTensor, labels: Labels, at_once: int | None = None
 ) -> Iterator[torch.Tensor]:
     """Interpolate probabilities linearly on the grid of a scan, and yield them (some classes, X, Y, Z), float16.
 
@@ -127,7 +127,7 @@ class ProbabilityFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
                 about = json.loads(str(found["about"]))
                 self.affine = found["affine"]
             self.scan, self.labels = str(about["scan"]), Labels(**about["labels"])

@@ -111,7 +111,7 @@ def image_of(shape, offset=0.0):
 def test_few_classes_at_a_time_are_those_of_all_at_once_and_background_is_outside(labels, outside):
     scores = torch.rand(len(labels.names), 5, 6, 7)
     image = image_of((5, 6, 7), offset=4.0)
-    (whole,) = on_scan_grid(scores, image, labels, at_once=None)
+    (whole,) = on_scan_grid(scores, image, labels)
     parts = list(on_scan_grid(scores, image, labels, at_once=1))
     assert len(parts) == len(scores)
     assert torch.equal(torch.cat(parts), whole)
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_classes(classes, tmp_path, monkeypatch):
     assert len(volumes) == classes
     assert found.scan.endswith("/a.nii.gz")
     assert found.labels == labels
-    (whole,) = on_scan_grid(scores, image_of((32, 32, 32)), labels, at_once=None)
+    (whole,) = on_scan_grid(scores, image_of((32, 32, 32)), labels)
     np.testing.assert_array_equal(np.stack(volumes).transpose(0, 3, 2, 1), whole.numpy())
 
 
