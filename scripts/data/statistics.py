@@ -89,7 +89,7 @@ def label_sums(labels: np.ndarray, voxels: np.ndarray | None = None) -> dict[int
     for start in range(0, labels.shape[2], SLICES):
         part = np.s_[:, :, start : start + SLICES]
         weights = None if voxels is None else voxels[part].ravel()
-        sums += np.bincount(labels[part].ravel(), weights, len(sums))
+        sums += np.bincount(labels[part].ravel().astype(np.intp), weights, len(sums))
     return dict(enumerate(sums.tolist()))
 
 
