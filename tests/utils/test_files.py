@@ -254,7 +254,7 @@ def test_a_table_that_a_spreadsheet_or_an_editor_saved_is_read(tmp_path):
 
 ELSEWHERE = {  # writes that are no outputs, or that write_whole and write_folder_whole ask for
     "utils/ownership.py", "data/convert.py", "data/phantom.py", "training/log_figure.py",
-    "benchmarks/compile_triton.py", "benchmarks/cpu.py", "benchmarks/peak.py",
+    "benchmarks/compile_triton.py", "benchmarks/peak.py", "inference/environment.py", "inference/probabilities.py",
     "publishing/package.py", "publishing/model_card.py",
 }  # fmt: skip
 PLACE = {"open": 0, "savefig": 0, "save": 1, "copy": 1, "copy2": 1, "copyfile": 1, "copytree": 1}  # of the path

@@ -36,7 +36,7 @@ def prepared(*names: str, **given) -> ConfigParser:
         (["train", "pool"], "nsd_tolerance", "nsd_tolerance_mm"),
         (["inference"], "overlaps", "overlap"),
         (["inference"], "datasetdir", "dataset_dir"),
-        (["inference"], "save_probabilities", None),
+        (["inference"], "disable_progress_bar", None),
         (["plan"], "memory_gib", "memory_gb"),
         (["fetch"], "tsk", "task"),
         (["train"], "fine_tuning#freze", "fine_tuning#freeze"),

@@ -201,7 +201,7 @@ def test_weights_are_not_scored_on_data_of_other_labels(trained, phantom_dir, tm
         ("inference", ("--tta", "no"), "tta is 'no'; expected True or False"),
         ("inference", ("--overlap", 50), "overlap is 50; expected a part of the window"),
         ("inference", ("--device", "mps:9"), "device is 'mps:9'; expected one of cpu"),
-        ("inference", ("--save_probabilities", "True"), "--save_probabilities is no setting"),
+        ("inference", ("--disable_progress_bar", "True"), "--disable_progress_bar is no setting"),
         ("inference", ("--dataset_dir", 2024), "2024 does not exist"),
         ("planning", ("--spacing", "mean"), "spacing is 'mean'; expected three positive lengths .* median or mixed"),
         ("checking", ("--dataset_dir", 2024), "dataset_dir 2024 does not exist"),
