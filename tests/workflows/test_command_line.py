@@ -66,7 +66,7 @@ def results(folder: Path) -> dict[str, object]:
 def said(printed: str, folder: Path) -> str:
     """Return what a command printed, without the name of its folder and without times."""
     printed = re.sub(r"\d{4}-\d\d-\d\d [\d:,]+", "TIME", printed.replace(str(folder), "FOLDER"))
-    return re.sub(r"[\d.]+ (s|samples/s|%)(?=\s)", r"TIME \1", printed)
+    return re.sub(r"[\d.]+ (?:s|min|h|samples/s|%)(?=[\s,])", "TIME", printed)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -154,7 +154,7 @@ def client(data: Path, folder: Path) -> MonaiAlgo:
 @pytest.mark.filterwarnings("ignore:.*GHSA:UserWarning")  # MONAI's advice to run trusted configurations only
 def test_a_federated_client_evaluates_and_trains_in_three_rounds(data, tmp_path):
     clients = [client(data, tmp_path / name) for name in ("one", "other")]
-    (tmp_path / "one/models").mkdir(parents=True)
+    (tmp_path / "one/models").mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "models/model.pt", tmp_path / "one/models")  # an earlier training, to be set aside once
     weights = {name: value.cpu().clone() for name, value in clients[0].trainer.network.state_dict().items()}
     metrics = []
