@@ -16,7 +16,7 @@ from ..utils.errors import UserError
 from .sliding_window import SlidingWindowInferer
 from .window_results import PLANES
 
-PROCESS = 1.0e9  # bytes of Python with its libraries and a network's weights
+PROCESS = 1.2e9  # bytes of Python with its libraries, a network's weights, and holes in what is kept
 FEATURES = 9 * 32  # numbers a voxel that a network holds at once
 SLAB = 0.3e9  # bytes while labels are decided on a part of the scan's grid, without the scores that they are made from:
 SLAB_PLANES, SLAB_BYTES = PLANES + 3, 8  # as many planes of the network's grid, twice in half precision, once in full

@@ -40,7 +40,7 @@ def test_sums_take_no_more_than_is_said(size, overlap, window_scheme, monkeypatc
     assert max(held) <= window_bytes(inferer, size, 1, 3) - others <= 4 * max(held) + 4 * 3 * padded
 
 
-@pytest.mark.parametrize(("classes", "said"), [(15, "at most 5.46 GB"), (104, "at most 14 GB")])
+@pytest.mark.parametrize(("classes", "said"), [(15, "at most 5.66 GB"), (104, "at most 14.2 GB")])
 def test_a_large_scan_is_announced(classes, said, caplog):
     check = CheckMemoryd("image", [1.0] * 3, classes, SlidingWindowInferer((128,) * 3, 0.5, window_scheme="nnunet"))
     with caplog.at_level(logging.INFO, "mednext"):
