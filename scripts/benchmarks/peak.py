@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from monai.losses import DeepSupervisionLoss
 
-from ..mednext import create_mednext
-from ..planning.memory import cpu_step_bytes
+from ..planning.memory import Network, cpu_step_bytes
 from ..training.losses import SegmentationLoss
 from ..training.precision import AutocastInferer
 from ..utils.device import give_memory_back, set_cpu_defaults
@@ -53,16 +52,15 @@ def peak(
         raise UserError(f"{platform.system()} does not tell the most memory of a process; measure on Linux.")
     set_cpu_defaults("cpu")
     inferer = AutocastInferer(cpu_precision)
-    _train(("S", 3, 2, None), inferer, (32, 32, 32), 1, 1)
+    network = Network(1, out_channels, size, kernel_size)
+    _train(Network(1, 2), None, inferer, (32, 32, 32), 1, 1)
     gc.collect()
     give_memory_back()
     RESET.write_text("5")  # the peak is what is held now
     before = _held("VmRSS")
-    _train((size, kernel_size, out_channels, checkpoint_style), inferer, patch_size, batch_size, steps)
+    _train(network, checkpoint_style, inferer, patch_size, batch_size, steps)
     measured = _held("VmHWM") - before
-    predicted = cpu_step_bytes(
-        patch_size, 1, out_channels, size, kernel_size, batch_size, checkpoint_style, cpu_precision
-    )
+    predicted = cpu_step_bytes(patch_size, network, batch_size, checkpoint_style, cpu_precision)
     print(
         f"{size} k{kernel_size}, {out_channels} classes, {batch_size} x {list(patch_size)}, {checkpoint_style},"
         f" {inferer.cpu_precision.name()}: measured {measured / 1e9:.3f} GB, predicted {predicted / 1e9:.3f} GB"
@@ -71,13 +69,12 @@ def peak(
 
 
 def _train(
-    network: tuple[str, int, int, str | None], inferer: AutocastInferer, patch: Sequence[int], batch: int, steps: int
+    network: Network, style: str | None, inferer: AutocastInferer, patch: Sequence[int], batch: int, steps: int
 ) -> None:
-    size, kernel_size, classes, style = network
-    model = create_mednext(1, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style)
+    model = network.build(style)
     optimizer = torch.optim.AdamW(model.parameters())
     loss = DeepSupervisionLoss(cast(Any, SegmentationLoss()), weights=[0.2] * 5)
-    image, label = torch.randn(batch, 1, *patch), torch.randint(classes, (batch, 1, *patch)).float()
+    image, label = torch.randn(batch, 1, *patch), torch.randint(network.classes, (batch, 1, *patch)).float()
     for _ in range(steps):
         loss(inferer(image, model), label).backward()
         optimizer.step()

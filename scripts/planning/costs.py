@@ -14,24 +14,14 @@ import torch
 
 from ..data.grid import record_faults
 from ..kernels.precision import CpuPrecision
-from ..mednext import create_mednext
 from ..utils.device import amp_kwargs, set_cpu_defaults
-from .memory import cpu_step_bytes, step_bytes
+from .memory import Network, cpu_step_bytes, step_bytes
 from .spacing import ANISOTROPY, BY_NAME, PUBLISHED, STEP, count, median_shape, target_patch_size
 
 ITERATIONS, BATCH = 250, 2  # of an epoch, as published
 OVERLAP = 0.5  # of the windows of a prediction
 MEASURED = 48  # voxels along each edge of the patch that is timed
 IN_PLANE = 512  # voxels of a patch in 2D, as published
-
-
-class Network(NamedTuple):
-    """What decides memory and time of a network besides the patch."""
-
-    channels: int
-    classes: int
-    size: str = "S"
-    kernel_size: int = 3
 
 
 class Speed(NamedTuple):
@@ -46,7 +36,7 @@ def measure_speed(network: Network) -> Speed:
     """Time one small patch here, after one to warm up; the loss, the optimizer and the data are left out."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     set_cpu_defaults(device)
-    model = create_mednext(*network, deep_supervision=True).to(device)
+    model = network.build().to(device)
     image = torch.zeros(1, network.channels, *[MEASURED] * 3, device=device)
     precision = CpuPrecision("auto")
 
@@ -95,7 +85,7 @@ def compare_grids(records: Sequence[dict], network: Network, grid: Sequence[floa
         million = math.prod(patch) / 1e6
         lines.append(
             f"{start}; patch {_by(patch)} sees {100 * seen:.0f} % of it;"
-            f" {bytes_of(patch, *network, batch=BATCH) / 1e9:.1f} GB a step of {BATCH} patches,"
+            f" {bytes_of(patch, network, BATCH) / 1e9:.1f} GB a step of {BATCH} patches,"
             f" {_duration(ITERATIONS * BATCH * million * speed.train)} an epoch,"
             f" {_duration(windows * million * speed.predict)} a scan"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,19 @@ RESTING_BYTES, GRADIENT_BYTES = 12, 4  # a float32 parameter with AdamW's two mo
 MARGIN = 1.2  # of what is kept for the backward pass: what a layer needs while it computes
 CPU_MARGIN = 1.45  # the same with a CPU's kernels, measured: docs/benchmarks/training-peak_2-core-cpu_2026-11-25.md
 SMALL = 32  # voxels along each edge of the patch that is computed on a CPU in order to count
+
+
+class Network(NamedTuple):
+    """What decides memory and time of a network besides the patch."""
+
+    channels: int
+    classes: int
+    size: str = "S"
+    kernel_size: int = 3
+
+    def build(self, checkpoint_style: str | None = None) -> MedNeXt:
+        """Make the network as it is trained."""
+        return create_mednext(*self, deep_supervision=True, checkpoint_style=checkpoint_style)
 
 
 def kept_bytes(network: nn.Module, image: torch.Tensor) -> int:
@@ -52,52 +65,32 @@ def recomputed_bytes(network: MedNeXt, image: torch.Tensor) -> int:
     return found
 
 
-def step_bytes(
-    patch: Sequence[int],
-    channels: int,
-    classes: int,
-    size: str = "S",
-    kernel_size: int = 3,
-    batch: int = 2,
-    style: str | None = None,
-) -> float:
+def step_bytes(patch: Sequence[int], network: Network, batch: int = 2, style: str | None = None) -> float:
     """Return the bytes that a training step takes at its peak by stock operators in float32; autocast takes less.
 
     Args:
         patch: voxels.
-        channels: of the image.
-        classes: of the output.
-        size: row of the table of sizes.
-        kernel_size: depthwise kernel.
+        network: what is trained.
         batch: patches in a step.
         style: checkpoint_style of the network.
     """
     with torch.device("meta"):
-        network = create_mednext(channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style)
-        image = torch.empty(1, channels, *patch)
-        kept = kept_bytes(network, image) + recomputed_bytes(network, image)
-    return _peak(network, MARGIN * batch * kept)
+        built, image = network.build(style), torch.empty(1, network.channels, *patch)
+        kept = kept_bytes(built, image) + recomputed_bytes(built, image)
+    return _peak(built, MARGIN * batch * kept)
 
 
 def cpu_step_bytes(
-    patch: Sequence[int],
-    channels: int,
-    classes: int,
-    size: str = "S",
-    kernel_size: int = 3,
-    batch: int = 2,
-    style: str | None = None,
-    cpu_precision: str = "auto",
+    patch: Sequence[int], network: Network, batch: int = 2, style: str | None = None, cpu_precision: str = "auto"
 ) -> float:
     """Return the same with the kernels of this CPU, which keep less, in the precision that training has here.
 
     The arguments are those of `step_bytes`, and `cpu_precision` as for `CpuPrecision`.
     """
-    network = create_mednext(channels, classes, size, kernel_size, deep_supervision=True, checkpoint_style=style)
-    image = torch.zeros(1, channels, *[SMALL] * 3)
+    built, image = network.build(style), torch.zeros(1, network.channels, *[SMALL] * 3)
     with CpuPrecision(cpu_precision).autocast(image.device):
-        kept = kept_bytes(network, image) + recomputed_bytes(network, image)
-    return _peak(network, CPU_MARGIN * batch * kept * math.prod(patch) / SMALL**3)
+        kept = kept_bytes(built, image) + recomputed_bytes(built, image)
+    return _peak(built, CPU_MARGIN * batch * kept * math.prod(patch) / SMALL**3)
 
 
 def _peak(network: nn.Module, kept: float) -> float:
@@ -106,27 +99,22 @@ def _peak(network: nn.Module, kept: float) -> float:
     return RESTING_BYTES * parameters + max(GRADIENT_BYTES * parameters, kept)
 
 
-def largest_batch(
-    patch: Sequence[int], channels: int, classes: int, size: str, kernel_size: int, gigabytes: float
-) -> tuple[int, str | None]:
+def largest_batch(patch: Sequence[int], network: Network, gigabytes: float) -> tuple[int, str | None]:
     """Return (patches in a step, checkpoint_style) that fit; 2 at least as published if recomputing makes room.
 
     Args:
-        patch: voxels; so with what follows, see `step_bytes`.
-        channels: of the image.
-        classes: of the output.
-        size: row of the table of sizes.
-        kernel_size: depthwise kernel.
+        patch: voxels.
+        network: what is trained.
         gigabytes: what a step may take.
 
     Raises:
         UserError: two patches do not fit even with all blocks computed again.
     """
     for style in (None, "expansion", "block"):
-        two, three = (step_bytes(patch, channels, classes, size, kernel_size, n, style) for n in (2, 3))
+        two, three = (step_bytes(patch, network, n, style) for n in (2, 3))
         if (fits := 2 + math.floor((gigabytes * 1e9 - two) / (three - two))) >= 2:
             return fits, style
     raise UserError(
-        f"memory_gb is {gigabytes}; MedNeXt {size} needs {two / 1e9:.1f} GB for two patches of"
+        f"memory_gb is {gigabytes}; MedNeXt {network.size} needs {two / 1e9:.1f} GB for two patches of"
         f" {list(patch)} even with every block computed again: give more, a smaller --size, or a coarser --spacing."
     )

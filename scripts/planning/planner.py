@@ -18,11 +18,11 @@ from ..data.statistics import rounded
 from ..utils.errors import UserError, told
 from ..utils.files import check_writable, write_text
 from ..utils.settings import plain_text
-from .costs import Network, alternatives, compare_grids, measure_speed
+from .costs import alternatives, compare_grids, measure_speed
 from .figures import draw_fingerprint
 from .fingerprint import dataset_fingerprint
 from .fingerprint_file import fingerprint_cases
-from .memory import largest_batch
+from .memory import Network, largest_batch
 from .spacing import PATCH, PUBLISHED, median_shape, recommended_spacing, target_patch_size, training_grid
 from .traits import rotate_range, traits
 
@@ -80,7 +80,8 @@ def plan_training(
     patches_in_case = float(np.prod(shape) / np.prod(patch))
     batch, style = 2, None
     if memory_gb is not None:
-        batch, style = largest_batch(patch, len(data.channels), len(data.labels.names), size, kernel_size, memory_gb)
+        network = Network(len(data.channels), len(data.labels.names), size, kernel_size)
+        batch, style = largest_batch(patch, network, memory_gb)
     relative = found["median_relative_size_after_cropping"]
     because = {
         "spacing": _why_spacing(records, spacing),

@@ -6,8 +6,8 @@ from conftest import ROOT
 
 from planning.test_planner import record
 from planning.test_spacing import CARDIAC
-from scripts.planning.costs import Network, Speed, alternatives, compare_grids, measure_speed
-from scripts.planning.memory import cpu_step_bytes
+from scripts.planning.costs import Speed, alternatives, compare_grids, measure_speed
+from scripts.planning.memory import Network, cpu_step_bytes
 
 SPEED = Speed(4.0, 1.0, "this CPU")
 ISOTROPIC = [record((1.0, 1.0, 1.0), (35, 50, 35))]
@@ -18,7 +18,7 @@ def test_each_grid_has_a_line_with_its_voxels_patch_memory_and_time():
     names = [line.split(":")[0] for line in found]
     assert names == ["planned, 1 mm", "median", "mixed"]
     assert "median case 384 x 324 x 80, 9.95 M voxels; patch 128 x 128 x 80 sees 13 % of it" in found[0]
-    assert f"{cpu_step_bytes([128, 128, 80], 1, 4) / 1e9:.1f} GB" in found[0]
+    assert f"{cpu_step_bytes([128, 128, 80], Network(1, 4)) / 1e9:.1f} GB" in found[0]
     assert "44 min an epoch" in found[0]  # 250 x 2 patches of 1.31 M voxels, 4 s a million
     assert "33 s a scan" in found[0]  # 5 x 5 windows half over each other, one across
 

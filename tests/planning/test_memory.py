@@ -7,7 +7,7 @@ import torch
 from conftest import python_m
 
 from scripts.mednext import create_mednext
-from scripts.planning.memory import cpu_step_bytes, kept_bytes, step_bytes
+from scripts.planning.memory import Network, cpu_step_bytes, kept_bytes, step_bytes
 
 
 def kept(style, batch: int = 1, device: str = "meta", kernels: str = "auto") -> int:
@@ -46,9 +46,9 @@ def test_logits_and_their_gradient_are_counted_with_every_class():
 
 def test_a_step_grows_with_the_batch_and_recomputing_needs_room_for_a_block():
     patch = [64, 64, 64]
-    one, two = (step_bytes(patch, 1, 3, batch=n) for n in (1, 2))
+    one, two = (step_bytes(patch, Network(1, 3), n) for n in (1, 2))
     assert 1.8 * one < two < 2 * one
-    whole, recomputed = (step_bytes(patch, 1, 3, style=style) for style in (None, "block"))
+    whole, recomputed = (step_bytes(patch, Network(1, 3), style=style) for style in (None, "block"))
     with torch.device("meta"):
         network = create_mednext(1, 3, "S", deep_supervision=True, checkpoint_style="block")
         kept = 2 * kept_bytes(network, torch.zeros(1, 1, *patch))
@@ -57,7 +57,7 @@ def test_a_step_grows_with_the_batch_and_recomputing_needs_room_for_a_block():
 
 def test_networks_that_are_large_for_their_patch_need_their_gradients_at_the_end():
     parameters = sum(p.numel() for p in create_mednext(1, 2, "M", deep_supervision=True).parameters())
-    assert cpu_step_bytes([32, 32, 32], 1, 2, "M", batch=1, style="block") >= 16 * parameters
+    assert cpu_step_bytes([32, 32, 32], Network(1, 2, "M"), 1, "block") >= 16 * parameters
 
 
 @pytest.mark.parametrize(("size", "classes"), [("S", 2), ("S", 15)])

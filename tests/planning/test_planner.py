@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED, TINY, bundle, overlays
 from scripts.data.datasets import Dataset
 from scripts.planning.fingerprint import QUANTILES, dataset_fingerprint
 from scripts.planning.fingerprint_file import fingerprint_cases
-from scripts.planning.memory import largest_batch
+from scripts.planning.memory import Network, largest_batch
 from scripts.planning.planner import intensity_schemes, plan_training
 from scripts.planning.spacing import target_patch_size
 from scripts.utils.errors import UserError
@@ -85,17 +85,17 @@ def test_patches_are_128_or_the_median_case(shape, spacing, expected):
 
 def test_a_memory_budget_sets_batch_and_recomputing():
     patch = [64, 64, 64]
-    few, style = largest_batch(patch, 1, 3, "S", 3, 5.0)
+    few, style = largest_batch(patch, Network(1, 3, "S"), 5.0)
     assert (few, style) == (2, None)
-    more, style = largest_batch(patch, 1, 3, "S", 3, 20.0)
+    more, style = largest_batch(patch, Network(1, 3, "S"), 20.0)
     assert more > 2 * few
     assert style is None
-    assert largest_batch(patch, 1, 3, "S", 3, 3.0)[1] == "expansion"
-    assert largest_batch(patch, 1, 3, "L", 3, 3.0)[1] == "block"
+    assert largest_batch(patch, Network(1, 3, "S"), 3.0)[1] == "expansion"
+    assert largest_batch(patch, Network(1, 3, "L"), 3.0)[1] == "block"
     with pytest.raises(
         UserError, match=r"memory_gb is 0.5; MedNeXt S needs [\d.]+ GB for two patches of \[64, 64, 64\]"
     ):
-        largest_batch(patch, 1, 3, "S", 3, 0.5)
+        largest_batch(patch, Network(1, 3, "S"), 0.5)
 
 
 def test_large_cases_get_batch_dice_and_thick_voxels_no_tilt(phantom_dir):
