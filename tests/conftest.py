@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -30,6 +33,17 @@ TRAIN = "configs/train.json"
 CACHE = tempfile.TemporaryDirectory(prefix="mednext-cache-")
 TINY = ("--patch_size", "[32,32,32]", "--iterations", "2", "--num_workers", "0")
 COARSE = ("--spacing", "[1.5,1.5,1.5]")  # a phantom scan is one window of TINY instead of eight
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Stop every file of this process after so many bytes, as a full disk does: also that of pytest's lines."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def overlays(*names: str) -> tuple[str, str]:

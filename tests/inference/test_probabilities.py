@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import shutil
 import zipfile
@@ -12,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import GRIDS, ROOT, bundle, grid, python_m, save, world
+from conftest import GRIDS, ROOT, bundle, files_end_at, grid, python_m, save, world
 from monai.data import MetaTensor
 
 from scripts.data.labels import Labels
@@ -154,13 +153,8 @@ def test_large_scores_are_in_a_file_without_a_name_and_the_same(tmp_path):
 
 
 def test_no_room_for_them_is_said_before(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
-    try:
-        with pytest.raises(UserError, match="could not be written"):
-            Storage(torch.zeros(1), (3, 20, 24, 28), 0, str(tmp_path)).empty((3, 20, 24, 28))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_end_at(9_000), pytest.raises(UserError, match="could not be written"):
+        Storage(torch.zeros(1), (3, 20, 24, 28), 0, str(tmp_path)).empty((3, 20, 24, 28))
 
 
 def write(path, values, labels=THREE, affine=None, scan="gone.nii.gz"):

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save
+from conftest import ROOT, files_end_at, save
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.data.utils import set_rnd
@@ -339,13 +339,9 @@ class TestSharing:
         assert (prepared / "digests.json").read_text() == digests
 
     def test_a_folder_that_takes_no_more_is_named(self, scans, tmp_path):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk: writing stops midway
-        try:
-            with pytest.raises(UserError, match=f"{tmp_path}/prepared/.* could not be written .* another folder"):
-                dataset(scans, tmp_path / "prepared").prepare()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        refused = pytest.raises(UserError, match=f"{tmp_path}/prepared/.* could not be written .* another folder")
+        with files_end_at(20_000), refused:
+            dataset(scans, tmp_path / "prepared").prepare()
         assert not [path for path in (tmp_path / "prepared").rglob("*") if path.suffix in (".pt", ".part")]
 
     @pytest.mark.parametrize(

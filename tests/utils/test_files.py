@@ -7,7 +7,6 @@ import csv
 import hashlib
 import os
 import re
-import resource
 import subprocess
 import sys
 import zipfile
@@ -17,7 +16,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files_end_at
 
 from scripts.utils.errors import UserError
 from scripts.utils.files import (
@@ -46,15 +45,6 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path):
     assert [(p.name, p.read_text()) for p in (tmp_path / "new").iterdir()] == [("a.txt", "whole")]
 
 
-@pytest.fixture
-def full():
-    """Stop every file after 9,000 bytes, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 LONG = "x" * 30_000
 WRITERS = {
     "text": lambda path: write_text(path, LONG),
@@ -66,8 +56,11 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_disk_without_room_leaves_nothing_and_is_one_sentence(write, full, tmp_path):
-    with pytest.raises(UserError, match=r"a could not be written \((File too large|the disk takes no more)\); make"):
+def test_a_disk_without_room_leaves_nothing_and_is_one_sentence(write, tmp_path):
+    refused = pytest.raises(
+        UserError, match=r"a could not be written \((File too large|the disk takes no more)\); make"
+    )
+    with files_end_at(9_000), refused:
         write(tmp_path / "a")
     assert not [*tmp_path.iterdir()]
 
@@ -162,13 +155,9 @@ class TestCheckWritable:
                 UserError, match=rf"{folder} could not be written \(Not a directory\); make room there or"
             ):
                 check_writable(tmp_path, folder)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-        try:
-            with pytest.raises(UserError, match=f"{tmp_path} could not be written .File too large"):
-                check_writable(tmp_path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        refused = pytest.raises(UserError, match=f"{tmp_path} could not be written .File too large")
+        with files_end_at(0), refused:
+            check_writable(tmp_path)
 
     def test_too_little_room_is_told_with_what_is_needed(self, tmp_path):
         with pytest.raises(UserError, match=r"has \d+ MB of free space, 1000000000000 MB are needed; make room"):
