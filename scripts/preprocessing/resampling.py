@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Spacingd
+
+from .agreement import AgreedLabels, along_axes, axes_of, label_at, scores_at
 
 SCORES_AT_ONCE = 2**24  # that are interpolated, of all classes together
 
@@ -147,6 +150,7 @@ class _OnGrid:
         # target voxel -> scores voxel
         self.to_scores = torch.linalg.inv(affine.double().cpu()) @ target_affine.double().cpu()
         self.voxels_meet = classes is not None and _voxels_meet(self.to_scores)
+        self.axes = axes_of(self.to_scores)
         self.size = torch.tensor(size[1:], dtype=torch.float64)
         self.classes = classes
         self.known: torch.Tensor | None = None  # planes that slabs to come may touch
@@ -227,6 +231,44 @@ class LabelsOnGrid(_OnGrid):
         super().__init__(size, affine, target_affine, shape, classes, slab_voxels)
         self.region_order = region_order
         self.labels = torch.empty(list(shape), dtype=label_type(classes or size[0], region_order))
+        self.chosen: dict[int, torch.Tensor] = {}  # the labels of known planes, as `_choose` counts them
+
+    def _interpolate(self, slab: Sequence[range], low: torch.Tensor, high: torch.Tensor) -> None:
+        if self.voxels_meet or self.axes is None:
+            super()._interpolate(slab, low, high)
+            return
+        assert self.known is not None, "there are planes"
+        (first, *start), (last, *stop) = low.tolist(), high.tolist()
+        within = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        chosen = torch.stack([self._chosen(plane)[within] for plane in range(first, last)])
+        at = along_axes(self.to_scores, self.axes, slab)
+        found = AgreedLabels(chosen, [along - a for along, a in zip(at, low, strict=True)], self.axes)
+        if self.classes is None:
+            part = self.known[(slice(None), slice(first - self.first, last - self.first), *within)]
+            at_once = SCORES_AT_ONCE // len(part)
+            labels = found.decide_rest(lambda points: self._choose(scores_at(part, points)), at_once)
+        else:
+            labels = found.decide_rest(partial(label_at, chosen), SCORES_AT_ONCE)
+        if self.region_order is not None:
+            labels = torch.tensor([0, *self.region_order], dtype=torch.int16)[labels.long()]
+        reached = [(along > -1.0) & (along < n) for along, n in zip(at, self.size, strict=True)]
+        x, y, z = (reached[axis] for axis in self.axes)
+        there = tuple(slice(r.start, r.stop) for r in slab)
+        self.labels[there] = labels.to(self.labels.dtype) * (x[:, None, None] & y[:, None] & z)
+
+    def _chosen(self, plane: int) -> torch.Tensor:
+        """Return what `_choose` finds for the voxels of a plane, and forget planes that are dropped."""
+        if plane not in self.chosen:
+            assert self.known is not None, "there are planes"
+            scores = self.known[:, plane - self.first]
+            self.chosen[plane] = scores[0].short().cpu() if self.classes is not None else self._choose(scores)
+            self.chosen = {i: kept for i, kept in self.chosen.items() if i >= self.first}
+        return self.chosen[plane]
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Decide labels; those of regions are numbered from 1 on in their order."""
+        order = None if self.region_order is None else range(1, len(self.region_order) + 1)
+        return decide_labels(scores, order).short().cpu()
 
     def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
         decided = values[0] if self.voxels_meet else decide_labels(values, self.region_order)
