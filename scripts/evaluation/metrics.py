@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.metrics import CumulativeIterationMetric, compute_dice, compute_hausdorff_distance, compute_surface_dice
+from scipy.ndimage import find_objects
 
 from .lesions import lesion_scores
 from .tables import METRICS, write_tables
@@ -48,9 +49,11 @@ def score_case(
         lesions: whether detection is scored, too, see `lesions.lesion_scores`.
     """
     rows = []
-    ignored = None if ignore is None else reference == ignore
+    found = [find_objects(mask[0].int().numpy()) for mask in (prediction, reference)]
     for name, members in classes.items():
-        predicted, wanted = (class_mask(mask, members, ignored)[None] for mask in (prediction, reference))
+        part = _box_around([boxes[label - 1] for boxes in found for label in members if 0 < label <= len(boxes)])
+        ignored = None if ignore is None else reference[part] == ignore
+        predicted, wanted = (class_mask(mask[part], members, ignored)[None] for mask in (prediction, reference))
         voxels = int(predicted.sum()), int(wanted.sum())
         if all(voxels):
             scores = _scores(predicted, wanted, [float(s) for s in spacing], tolerance)
@@ -60,6 +63,13 @@ def score_case(
         detection = lesion_scores(predicted[0, 0].numpy(), wanted[0, 0].numpy()) if lesions else {}
         rows.append({"label": name, **counts, **dict(zip(METRICS, scores, strict=True)), **detection})
     return rows
+
+
+def _box_around(boxes: Sequence[tuple[slice, ...] | None]) -> tuple[slice, ...]:
+    """Return the part of masks (1, *space) in which boxes lie, a voxel where there is none: all else scores nothing."""
+    there = [box for box in boxes if box is not None]
+    spans = [slice(min(s.start for s in along), max(s.stop for s in along)) for along in zip(*there, strict=True)]
+    return (slice(None), *(spans or [slice(0, 1)] * 3))
 
 
 def _scores(
@@ -94,13 +104,23 @@ class ClassDice(CumulativeIterationMetric):
         """Score two label maps (N, 1, *space): (N, classes)."""
         assert y is not None, "Dice compares two label maps"
         y_pred, y = (t.as_tensor().cpu() if isinstance(t, MetaTensor) else t.cpu() for t in (y_pred, y))
-        ignored = None if self.ignore is None else y == self.ignore
+        return torch.stack([self._dice(*pair) for pair in zip(y_pred, y, strict=True)])
+
+    def _dice(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Score two label maps (1, *space) in one pass, however many classes there are: (classes)."""
+        labels = sorted({label for members in self.classes.values() for label in members} | {self.ignore or 0})
+        n = len(labels) + 1  # and all others
+        places = torch.full((int(max(predicted.max(), wanted.max(), labels[-1])) + 1,), n - 1)
+        places[labels] = torch.arange(n - 1)
+        pairs = places[predicted.long()].mul_(n).add_(places[wanted.long()])
+        counts = torch.bincount(pairs.flatten(), minlength=n * n).view(n, n)
+        if self.ignore is not None:
+            counts[:, places[self.ignore]] = 0
         found = []
         for members in self.classes.values():
-            predicted, wanted = (class_mask(mask, members, ignored).flatten(1) for mask in (y_pred, y))
-            both = predicted.sum(1) + wanted.sum(1)
-            found.append(2 * (predicted & wanted).sum(1) / both)  # 0 / 0 is nan
-        return torch.stack(found, dim=1)
+            own = places[list(members)]
+            found.append(2 * counts[own][:, own].sum() / (counts[own].sum() + counts[:, own].sum()))  # 0 / 0 is nan
+        return torch.stack(found)
 
     def aggregate(self) -> torch.Tensor:
         """Average over the classes the mean over the cases that have a score, as `summary.csv` does."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 
 from scripts.evaluation.metrics import CaseScores, ClassDice, score_case
@@ -102,3 +103,26 @@ def test_the_metric_of_training_is_the_summary_of_scoring():
     summary = {row["label"]: row["dice"] for row in summarise(rows, list(CLASSES))}
     assert metric.get_buffer().nanmean(dim=0).tolist() == pytest.approx([summary["organ"], summary["tumour"]])
     assert metric.aggregate().item() == pytest.approx(summary["mean"])
+
+
+@pytest.mark.parametrize("ignore", [None, 7, 2])
+def test_dice_of_many_labels_is_that_of_their_masks(ignore):
+    torch.manual_seed(0)
+    prediction, reference = torch.randint(0, 12, (2, 2, 1, 9, 8, 7))  # 10 and 11 belong to no class
+    classes = {**{str(i): [i] for i in range(1, 10)}, "some": [1, 3, 9], "absent": [300]}
+    found = ClassDice(classes, ignore)(prediction, reference)
+    counted = torch.ones_like(reference, dtype=torch.bool) if ignore is None else reference != ignore
+    for case in range(2):
+        for column, members in enumerate(classes.values()):
+            a, b = ((sum(mask[case] == m for m in members) > 0) & counted[case] for mask in (prediction, reference))
+            both = (a.sum() + b.sum()).item()
+            expected = 2 * (a & b).sum().item() / both if both else math.nan
+            assert found[case, column].item() == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("low", [0, 4])
+def test_scores_do_not_depend_on_how_much_lies_around(low):
+    """At the border of a scan, too, where the surface is what it is inside."""
+    masks = [F.pad(box(low, 14), (3, 0) * 3), F.pad(box(low, 12), (3, 0) * 3)]
+    wider = [F.pad(mask, (5, 5) * 3) for mask in masks]
+    assert score_case(*masks, (1, 2, 1), CLASSES) == score_case(*wider, (1, 2, 1), CLASSES)
