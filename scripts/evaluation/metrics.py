@@ -108,9 +108,10 @@ class ClassDice(CumulativeIterationMetric):
 
     def _dice(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """Score two label maps (1, *space) in one pass, however many classes there are: (classes)."""
-        labels = sorted({label for members in self.classes.values() for label in members} | {self.ignore or 0})
+        labels = list({0, self.ignore or 0}.union(*self.classes.values()))
         n = len(labels) + 1  # and all others
-        places = torch.full((int(max(predicted.max(), wanted.max(), labels[-1])) + 1,), n - 1)
+        largest = max(int(predicted.max()), int(wanted.max()), *labels)
+        places = torch.full((largest + 1,), n - 1)
         places[labels] = torch.arange(n - 1)
         pairs = places[predicted.long()].mul_(n).add_(places[wanted.long()])
         counts = torch.bincount(pairs.flatten(), minlength=n * n).view(n, n)

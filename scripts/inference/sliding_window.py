@@ -25,7 +25,7 @@ from .window_results import Labels, LabelsOnScan, Result, Scores, Storage
 from .window_sums import Block, WindowSums
 
 LARGE = 2**24  # voxels of a scan, from which on memory is given back between layers of windows
-ROWS = 8  # of a window, whose scores a CPU computes at once
+PIECE = 2**21  # scores of some rows of a window, of all classes, that a CPU computes at once: its cache holds them
 
 Network = Callable[..., torch.Tensor]
 
@@ -170,10 +170,10 @@ class SlidingWindowInferer(Inferer):
             give_memory_back()  # what preparing the scan has left
         self._tell(done, len(windows))
         predict = partial(self._predict, image=image, network=network, device=device)
-        for at, scores in self.batches.compute(windows, predict, device):
-            for rows in self._chunks(image.device):
-                sums.add(at, rows, scores(rows))
-            del scores  # and the logits that it holds, before the next ones
+        for at, pieces in self.batches.compute(windows, predict, device):
+            for rows, scores in pieces:
+                sums.add(at, rows, scores)
+            del pieces, scores  # and the logits that they hold, before the next ones
             done += 1
             self._tell(done, len(windows))
             if all(span is along[-1] for span, along in zip(at[2:], spans[2:], strict=True)):
@@ -185,16 +185,17 @@ class SlidingWindowInferer(Inferer):
         if self.watch is not None:
             self.watch(done, count)
 
-    def _chunks(self, device: torch.device) -> list[slice]:
-        """Cut a window into rows whose scores are computed at once: on a CPU few, which its cache holds."""
+    def _pieces(self, device: torch.device, classes: int) -> list[slice]:
+        """Cut a window into rows whose scores are computed at once: on a CPU few."""
         rows = self.roi_size[1]
-        step = ROWS if device.type == "cpu" else rows
+        few = max(1, PIECE * rows // (classes * math.prod(self.roi_size)))
+        step = min(few, rows) if device.type == "cpu" else rows
         return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]
 
     def _predict(
         self, windows: Sequence[Sequence[slice]], image: torch.Tensor, network: Network, device: torch.device
-    ) -> list[Callable[[slice], torch.Tensor]]:
-        """Return for each of some windows of a scan what gives the scores (classes, planes, rows, ..) of its rows.
+    ) -> list[Iterator[tuple[slice, torch.Tensor]]]:
+        """Return for each of some windows of a scan what gives rows and their scores (classes, planes, rows, ..).
 
         A CPU computes them as they are asked for, so that those of a whole window never exist beside its logits; a GPU,
         and whoever averages over mirrored copies, at once.
@@ -207,19 +208,20 @@ class SlidingWindowInferer(Inferer):
             return self.activate(logits[:, :, :, rows].to(inputs.dtype))
 
         if len(windows) == 1 and device.type == "cpu" and not self.mirrored:
-            return [lambda rows: scores(rows)[0]]
+            return [((rows, scores(rows)[0]) for rows in self._pieces(device, logits.shape[1]))]
         total = logits.new_empty(logits.shape, dtype=inputs.dtype)
-        for rows in self._chunks(device):
+        for rows in self._pieces(device, logits.shape[1]):
             total[:, :, :, rows] = scores(rows)
         for axes in self.mirrored:
             logits = self._logits(inputs.flip(axes), network)
-            for rows in self._chunks(device):
+            for rows in self._pieces(device, logits.shape[1]):
                 n = self.roi_size[1]
                 theirs = slice(n - rows.stop, n - rows.start) if 3 in axes else rows
                 total[:, :, :, rows] += scores(theirs).flip(axes)
         if self.mirrored:
             total /= len(self.mirrored) + 1
-        return [partial(_rows, one) for one in total.to(image.device)]
+        kept = self._pieces(image.device, logits.shape[1])
+        return [_cut(one, kept) for one in total.to(image.device)]
 
     def _logits(self, windows: torch.Tensor, network: Network) -> torch.Tensor:
         """Compute the logits (N, classes, *roi) of windows, in the network's precision."""
@@ -233,8 +235,9 @@ def _joined(scans: Iterable[torch.Tensor]) -> torch.Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _rows(scores: torch.Tensor, rows: slice) -> torch.Tensor:
-    return scores[:, :, rows]
+def _cut(scores: torch.Tensor, pieces: Iterable[slice]) -> Iterator[tuple[slice, torch.Tensor]]:
+    for rows in pieces:
+        yield rows, scores[:, :, rows]
 
 
 def monai_starts(n: int, r: int, overlap: float) -> list[int]:
