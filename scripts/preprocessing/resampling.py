@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Spacingd
+from monai.transforms import MapTransform, SpatialResample, Spacingd
+
+from .part import PART, resample_part
 
 SCORES_AT_ONCE = 2**24  # that are interpolated, of all classes together
 
@@ -22,15 +24,23 @@ warnings.filterwarnings("ignore", message="align_corners=False is not compatible
 class GridSpacingd(Spacingd):
     """MONAI's Spacingd that leaves entries alone whose name begins with a key's, as MONAI Label's `image_path` does.
 
-    MONAI 1.6 takes every `<key>_*` entry for a metadata dictionary and fails on a string.
+    MONAI 1.6 takes every `<key>_*` entry for a metadata dictionary and fails on a string. Of an image that has a `PART`
+    that alone is computed.
     """
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
-        prefixes = tuple(f"{key}_" for key in self.keys)
-        aside: dict[Hashable, torch.Tensor] = {
-            k: v for k, v in data.items() if isinstance(k, str) and k.startswith(prefixes) and not isinstance(v, dict)
-        }
-        return {**super().__call__({k: v for k, v in data.items() if k not in aside}, lazy=lazy), **aside}
+        out = dict(data)
+        for key, mode, padding, align, dtype in self.key_iterator(
+            out, self.mode, self.padding_mode, self.align_corners, self.dtype
+        ):
+            image = out[key]
+            if not isinstance(image, MetaTensor) or PART not in image.meta:
+                out |= super().__call__({key: image}, lazy=lazy)
+                continue
+            whole = super().__call__({key: image}, lazy=True)[key]
+            assert isinstance(whole, MetaTensor), "as the image is"
+            out[key] = resample_part(image, whole, SpatialResample(mode, padding, align, dtype))
+        return out
 
 
 class LabelsOnScanGridd(MapTransform):
