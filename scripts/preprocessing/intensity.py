@@ -86,10 +86,10 @@ class Intensityd(MapTransform):
             everywhere = [c for c, scheme in enumerate(found) if c not in within and scheme != "none"]
             if not (within or (everywhere and self.stage == "resampled")):
                 continue
-            scales = getattr(out[key], "meta", {}).get(SCALES, {})
             out[key] = out[key].float().clone()
             plain = out[key].as_tensor() if isinstance(out[key], MetaTensor) else out[key]  # the same memory
             if self.stage == "resampled":
+                scales = getattr(out[key], "meta", {}).pop(SCALES, {})
                 for channel in everywhere:
                     _normalise(plain[channel], found[channel], scales.get(channel))
             if within:

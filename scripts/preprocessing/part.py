@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,8 +11,16 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialCrop, SpatialResample
 
 PART = "part"  # of a scan's metadata: a box of its voxels (2, 3), first and behind the last; without it all is meant
+SEGMENTED = (
+    "segmented"  # of a mask's metadata, report.csv and masks.json: how much of the scan, where it was looked for
+)
 SUPPORT = 8  # voxels about the box, beyond which a cubic spline knows nothing of the others (to 4e-6 of their range)
 ROUNDING = 1e-6  # of a voxel
+
+
+def segmented(meta: Mapping) -> dict[str, str]:
+    """Return what a mask's metadata say of the part of its scan that was segmented, by its name; else nothing."""
+    return {SEGMENTED: meta[SEGMENTED]} if SEGMENTED in meta else {}
 
 
 def part_shape(image: MetaTensor) -> list[int]:
@@ -37,13 +46,21 @@ def resample_part(image: MetaTensor, whole: MetaTensor, resample: SpatialResampl
     stop = [max(min(math.ceil(b - ROUNDING), n), a + 1) for a, b, n in zip(start, end, shape, strict=True)]
     low, high = _mapped(to_scan, np.array([start, stop]) - [[0], [1]])
     if _same_voxels(to_scan):  # which resampling the whole leaves as they are, too
-        return SpatialCrop(roi_start=low.round().astype(int), roi_end=high.round().astype(int) + 1)(image)
+        return _without_part(
+            SpatialCrop(roi_start=low.round().astype(int), roi_end=high.round().astype(int) + 1)(image)
+        )
     near = SpatialCrop(
         roi_start=[max(math.floor(a) - SUPPORT, 0) for a in low], roi_end=[math.ceil(b) + SUPPORT + 1 for b in high]
     )(image)
     shift = torch.eye(4, dtype=torch.float64)
     shift[:3, 3] = torch.tensor(start)
-    return resample(near, dst_affine=affine @ shift, spatial_size=(np.array(stop) - start).tolist())
+    return _without_part(resample(near, dst_affine=affine @ shift, spatial_size=(np.array(stop) - start).tolist()))
+
+
+def _without_part(made: torch.Tensor) -> MetaTensor:
+    assert isinstance(made, MetaTensor), "as the image is"
+    made.meta.pop(PART)
+    return made
 
 
 def _same_voxels(to_scan: torch.Tensor) -> bool:

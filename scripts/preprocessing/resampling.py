@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample, Spacingd
+from monai.transforms import MapTransform, Spacingd, SpatialResample
 
 from .part import PART, resample_part
 
@@ -164,11 +164,21 @@ class _OnGrid:
         axis = int(self.to_scores[0, :3].abs().argmax())  # of the target, along which the scores' planes follow
         voxels = min(slab_voxels, SCORES_AT_ONCE // (classes or size[0]))
         rows = max(1, voxels // (math.prod(shape) // shape[axis]))
+        reached = self._reached(shape)
         slabs = [
-            [range(a, min(a + rows, shape[axis])) if i == axis else range(n) for i, n in enumerate(shape)]
+            [range(max(a, r.start), min(a + rows, r.stop)) if i == axis else r for i, r in enumerate(reached)]
             for a in range(0, shape[axis], rows)
         ]
-        self.open = [(slab, *self._span(slab)) for slab in slabs]
+        self.covered = [len(r) for r in reached] == list(shape)
+        self.open = [(slab, *self._span(slab)) for slab in slabs if all(slab)]
+
+    def _reached(self, shape: Sequence[int]) -> list[range]:
+        """Find the box of the target, of so many voxels, outside of which nothing lies in the scores' grid."""
+        corners = _coordinates(torch.linalg.inv(self.to_scores), [range(-1, n + 1, n + 1) for n in self.size.int()])
+        low, high = corners.amin(dim=(0, 1, 2)).floor(), corners.amax(dim=(0, 1, 2)).ceil()
+        return [
+            range(min(max(int(a), 0), n), min(max(int(b) + 1, 0), n)) for a, b, n in zip(low, high, shape, strict=True)
+        ]
 
     def _span(self, slab: Sequence[range]) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the part of the scores that a slab of the target touches, from its corners: (low, high)."""
@@ -236,7 +246,7 @@ class LabelsOnGrid(_OnGrid):
     ) -> None:
         super().__init__(size, affine, target_affine, shape, classes, slab_voxels)
         self.region_order = region_order
-        self.labels = torch.empty(list(shape), dtype=label_type(classes or size[0], region_order))
+        self.labels = torch.zeros(list(shape), dtype=label_type(classes or size[0], region_order))
 
     def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
         decided = values[0] if self.voxels_meet else decide_labels(values, self.region_order)
@@ -262,6 +272,8 @@ class ScoresOnGrid(_OnGrid):
         super().__init__(size, affine, target_affine, shape)
         self.outside = torch.tensor(outside)[:, None, None, None]
         self.scores = torch.empty([size[0], *reversed(shape)], dtype=torch.float16).permute(0, 3, 2, 1)
+        if not self.covered:
+            self.scores[:] = self.outside.half()
 
     def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
         self.scores[(slice(None), *there)] = torch.where(inside, values.cpu(), self.outside).half()
