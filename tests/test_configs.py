@@ -25,6 +25,8 @@ OVERLAYS = {
     **{f"{name} training": ["train", f"recipes/{name}"] for name in ("btcv", "amos22", "kits19", "brats21")},
     "evaluating": ["train", "evaluate"],
     "pooling": ["train", "pool"],
+    "training of both networks": ["train", "fast"],
+    "distributed training of both": ["train", "multi_gpu_train", "fast"],
     "distributed training": ["train", "multi_gpu_train"],
     "distributed evaluating": ["train", "evaluate", "multi_gpu_evaluate"],
     "inference": ["inference"],
