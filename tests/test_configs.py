@@ -148,6 +148,7 @@ def test_overlays_only_touch_what_exists(names):
                 "nsd_tolerance_mm",
                 "patience_minutes",
                 "lesion_scores",
+                "coarse",
                 "report",
                 "evaluating",
                 "decide",
