@@ -110,9 +110,10 @@ def scales_of_whole(scan: torch.Tensor, thinned: torch.Tensor, intensity: Intens
         intensity: see `schemes`.
     """
     found = schemes(intensity, len(scan))
-    plain = {"zscore": thinned, "rescale_to_0_1": scan}
+    measured = {"zscore": thinned, "rescale_to_0_1": scan}
+    plain = {k: image.as_tensor() if isinstance(image, MetaTensor) else image for k, image in measured.items()}
     return {
-        c: _scale(torch.as_tensor(plain[scheme][c]).float(), scheme)
+        c: _scale(plain[scheme][c].float(), scheme)
         for c, scheme in enumerate(found)
         if isinstance(scheme, str) and scheme in plain
     }

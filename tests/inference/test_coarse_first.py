@@ -15,7 +15,7 @@ from monai.transforms import Compose, Orientation
 from scripts.inference.coarse_first import SPECK_VOXELS, FindBoxd, box_of, coarse_weights, with_margin
 from scripts.inference.predictor import Predictor
 from scripts.mednext import create_mednext
-from scripts.preprocessing.intensity import SCALES, Intensityd, scales_of_whole
+from scripts.preprocessing.intensity import RINGING, SCALES, Intensityd, scales_of_whole
 from scripts.preprocessing.part import PART
 from scripts.preprocessing.resampling import GridSpacingd
 from scripts.utils.errors import UserError
@@ -102,7 +102,7 @@ def test_normalising_within_non_zero_voxels_is_that_of_the_whole_scan():
     found = steps({"image": image})["image"]
     start = int(torch.linalg.solve(expected.affine, found.affine)[0, 3].round())
     expected = expected[:, start : start + found.shape[1]]
-    assert (found.as_tensor() - expected.as_tensor()).abs().max() < 1e-4
+    assert (found.as_tensor() - expected.as_tensor()).abs().max() <= RINGING  # where a hole is cut open by the box
 
 
 def test_probabilities_outside_the_box_are_the_background_s(fast, whole):
