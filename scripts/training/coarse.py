@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from monai.bundle import ConfigParser
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_cause
 from ..utils.settings import calling_config, give
 from .stopping import leave
 
@@ -43,7 +43,9 @@ def train_coarse(settings: Mapping[str, object]) -> None:
         config.get_parsed_content("initialize")
         trainer = config.get_parsed_content("train#trainer")
         trainer.run()
-    except UserError as e:
-        raise UserError(f"the coarse network, whose settings are --coarse#spacing and so on: {e}") from e
+    except Exception as e:  # which MONAI has wrapped
+        if isinstance(cause := first_cause(e), UserError):
+            raise UserError(f"the coarse network, whose settings are --coarse#spacing and so on: {cause}") from e
+        raise
     leave(trainer)
     logger.info("now the network itself, into %s", parent.get_parsed_content("ckpt_dir"))
