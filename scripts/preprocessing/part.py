@@ -45,27 +45,15 @@ def resample_part(image: MetaTensor, whole: MetaTensor, resample: SpatialResampl
     start = [min(max(math.floor(a + ROUNDING), 0), n - 1) for a, n in zip(first, shape, strict=True)]
     stop = [max(min(math.ceil(b - ROUNDING), n), a + 1) for a, b, n in zip(start, end, shape, strict=True)]
     low, high = _mapped(to_scan, np.array([start, stop]) - [[0], [1]])
-    if _same_voxels(to_scan):  # which resampling the whole leaves as they are, too
-        return _without_part(
-            SpatialCrop(roi_start=low.round().astype(int), roi_end=high.round().astype(int) + 1)(image)
-        )
     near = SpatialCrop(
         roi_start=[max(math.floor(a) - SUPPORT, 0) for a in low], roi_end=[math.ceil(b) + SUPPORT + 1 for b in high]
     )(image)
     shift = torch.eye(4, dtype=torch.float64)
     shift[:3, 3] = torch.tensor(start)
-    return _without_part(resample(near, dst_affine=affine @ shift, spatial_size=(np.array(stop) - start).tolist()))
-
-
-def _without_part(made: torch.Tensor) -> MetaTensor:
+    made = resample(near, dst_affine=affine @ shift, spatial_size=(np.array(stop) - start).tolist())
     assert isinstance(made, MetaTensor), "as the image is"
     made.meta.pop(PART)
     return made
-
-
-def _same_voxels(to_scan: torch.Tensor) -> bool:
-    moved = to_scan - torch.eye(4)
-    return bool(moved[:3, :3].abs().max() < ROUNDING and (moved - moved.round()).abs().max() < ROUNDING)
 
 
 def _mapped(matrix: torch.Tensor, points: np.ndarray) -> np.ndarray:
