@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 
+import torch.distributed as dist
 from monai.bundle import ConfigParser
 
 from ..utils.errors import UserError, first_cause
@@ -38,7 +39,9 @@ def train_coarse(settings: Mapping[str, object]) -> None:
     config = ConfigParser(copy.deepcopy(parent.get()))
     give(config, {**settings, "resume": "auto" if parent.get_parsed_content("resume") else False})
     said = " x ".join(f"{edge:g}" for edge in config["spacing"])
-    logger.info("first a coarse network, of a grid of %s mm, into %s", said, config["ckpt_dir"])
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        logger.info("first a coarse network, of a grid of %s mm, into %s", said, config["ckpt_dir"])
     try:
         config.get_parsed_content("initialize")
         trainer = config.get_parsed_content("train#trainer")
@@ -48,4 +51,5 @@ def train_coarse(settings: Mapping[str, object]) -> None:
             raise UserError(f"the coarse network, whose settings are --coarse#spacing and so on: {cause}") from e
         raise
     leave(trainer)
-    logger.info("now the network itself, into %s", parent.get_parsed_content("ckpt_dir"))
+    if first:
+        logger.info("now the network itself, into %s", parent.get_parsed_content("ckpt_dir"))
