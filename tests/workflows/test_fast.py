@@ -89,12 +89,22 @@ def test_without_coarse_weights_one_sentence_says_how_to_train_them(trained, pha
     assert "configs/fast.json" in done.stderr
 
 
-def test_scans_too_small_for_the_coarse_grid_end_the_command_before_anything_is_trained(phantom_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--coarse#spacing", "[3.0,3.0,3.0]", "are under 16 along every axis"),
+        ("--coarse#itertions", 9, "did you mean --iterations"),
+    ],
+)
+def test_what_the_coarse_network_cannot_have_ends_the_command_before_anything_is_trained(
+    option, value, said, phantom_dir, tmp_path
+):
     done = bundle(
         "training", *overlays("train", "fast"), "--dataset_dir", phantom_dir, "--ckpt_dir", tmp_path,
-        "--output_dir", tmp_path, "--epochs", 2, *TINY, fails=True,
+        "--output_dir", tmp_path, "--epochs", 2, option, value, *TINY, fails=True,
     )  # fmt: skip
     assert "error: the coarse network, whose settings are --coarse#spacing and so on: " in done.stderr
+    assert said in done.stderr
     assert "epoch 1/" not in done.stdout
 
 
