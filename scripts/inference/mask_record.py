@@ -23,6 +23,7 @@ from ..data.checks import check_same_grid
 from ..data.images import MASK_ENDINGS, read_header
 from ..data.scans import MASK, case_of, image_files
 from ..preprocessing.cache_key import description, digest, file_digest, image_digest
+from ..preprocessing.part import segmented
 from ..utils.errors import UserError
 from ..utils.files import remembered, write_text
 from ..utils.ownership import alone
@@ -148,6 +149,7 @@ class MaskRecord:
                     "scans": digests,
                     "seconds": round(time.perf_counter() - self.begun, 1),
                     **peaks_gb(),
+                    **segmented(meta),
                     ORGANS: meta.get(ORGANS, {}),
                 }
 

@@ -29,6 +29,7 @@ from ..data.statistics import (
     rounded,
     scan_measures,
 )
+from ..preprocessing.part import segmented
 from ..utils.errors import UserError
 from ..utils.files import read_table, write_table
 from ..utils.ownership import alone
@@ -203,6 +204,7 @@ class InferenceReport:
             case, scan = case_of(meta), str(meta["filename_or_obj"])
             measured = {name: rounded(float(value)) for name, value in meta["measured"].items()}
             measured |= organ_columns(meta.get(ORGANS, {}))
+            measured |= segmented(meta)
             made = {PRECISION: self.precision, UNLIKE: "; ".join(meta[UNLIKE])}
             self.unlike[scan] = meta[UNLIKE]
             with alone(self.file):

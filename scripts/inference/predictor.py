@@ -93,7 +93,7 @@ class Predictor:
         """
         with _unwrapped(), torch.inference_mode():
             case = self._preprocessed(image, affine)
-            scores = self._segmented(case, self.inferer)
+            scores = self.segment(case["image"], self.inferer)
             mask = self.to_memory({**case, "pred": scores})["pred"]
             warn_if_unlike(str(case["image"].meta.get("filename_or_obj", "the image")), mask.meta[UNLIKE])
             return mask[0].numpy()
@@ -110,13 +110,14 @@ class Predictor:
         """
         with _unwrapped(), torch.inference_mode():
             case = self._preprocessed(image, affine)
-            scores = self._segmented(case, self.inferer.keeping_scores())
+            scores = self.segment(case["image"], self.inferer.keeping_scores())
             (found,) = on_scan_grid(scores, case["image"], self.labels)
             return np.ascontiguousarray(found.numpy())
 
-    def _segmented(self, case: dict, inferer: SlidingWindowInferer) -> torch.Tensor:
+    def segment(self, image: torch.Tensor, inferer: SlidingWindowInferer) -> torch.Tensor:
+        """Run the network over an image (C, X, Y, Z) that is on its grid, and return what `inferer` gives of it."""
         with torch.autocast(self.device.type, enabled=self.amp, **amp_kwargs(self.device)):
-            return inferer(case["image"][None].to(self.device), self.network)[0]
+            return inferer(image[None].to(self.device), self.network)[0]
 
     def _preprocessed(self, image: str | Path | Image, affine: np.ndarray | None) -> dict:
         if not isinstance(image, str | Path):

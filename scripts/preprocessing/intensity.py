@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ CT = ("clip", "mean", "std")
 EPSILON = 1e-8  # nnU-Net's, so that a constant channel becomes zero
 RINGING = 0.01  # standard deviations; what cubic interpolation leaves some voxels outside a mask
 ORDINARY = (0.25, 2.0**50)  # largest magnitude; below, EPSILON counts, above, squares leave float32
+SCALES = "scales"  # of an image's metadata: of a channel what normalises it, where it is a part of a scan
 FLAT = 2.0**-21  # of the largest magnitude; what float32 and interpolation leave of a constant image
 
 Intensity = str | Mapping | Sequence[str | Mapping]
@@ -87,57 +89,98 @@ class Intensityd(MapTransform):
             out[key] = out[key].float().clone()
             plain = out[key].as_tensor() if isinstance(out[key], MetaTensor) else out[key]  # the same memory
             if self.stage == "resampled":
+                scales = getattr(out[key], "meta", {}).pop(SCALES, {})
                 for channel in everywhere:
-                    _normalise(plain[channel], found[channel])
+                    _normalise(plain[channel], found[channel], scales.get(channel))
             if within:
                 _normalise_within(plain, within) if self.stage == "native" else _clear_outside(plain, within)
         return out
 
 
-def _normalise(channel: torch.Tensor, scheme: str | Mapping) -> None:
+def scales_of_whole(scan: torch.Tensor, thinned: torch.Tensor, intensity: Intensity) -> dict[int, Scale]:
+    """Measure what normalises the channels of a whole scan, of which only a part is to be resampled.
+
+    Mean and deviation are those of its interpolation, which a coarser grid samples as a finer one does; interpolation
+    between its voxels, whose noise it averages, has a smaller deviation than they have. Extremes are those of its
+    voxels, which a coarse grid misses.
+
+    Args:
+        scan: (C, *space), on its own voxels.
+        thinned: the same on a coarse grid, resampled as for the network.
+        intensity: see `schemes`.
+    """
+    found = schemes(intensity, len(scan))
+    measured = {"zscore": thinned, "rescale_to_0_1": scan}
+    plain = {k: image.as_tensor() if isinstance(image, MetaTensor) else image for k, image in measured.items()}
+    return {
+        c: _scale(plain[scheme][c].float(), scheme)
+        for c, scheme in enumerate(found)
+        if isinstance(scheme, str) and scheme in plain
+    }
+
+
+class Scale(NamedTuple):
+    """What normalises a channel: a power of two, of what that makes of it the origin, and the extent; 0 if constant."""
+
+    power: int
+    origin: torch.Tensor
+    extent: torch.Tensor
+
+
+def _normalise(channel: torch.Tensor, scheme: str | Mapping, scale: Scale | None) -> None:
     if isinstance(scheme, Mapping):
         channel.clamp_(*scheme["clip"]).sub_(scheme["mean"]).div_(max(scheme["std"], EPSILON))
-    elif scheme == "rescale_to_0_1":
-        noise = 4 * FLAT * _to_ordinary_unit(channel)  # its extent is some deviations
-        extent = channel.sub_(channel.min()).max()
-        channel.div_(extent.clamp_min(EPSILON)) if extent >= noise else channel.zero_()
     elif scheme == "rgb_to_0_1":
         channel.div_(255)
-    else:  # zscore
-        _standardise(channel)
+    else:  # zscore, rescale_to_0_1
+        _apply(channel, _scale(channel, scheme) if scale is None else scale)
 
 
-def _to_ordinary_unit(channel: torch.Tensor) -> float:
-    """Multiply by a power of two where the magnitude is extreme, in place; return the largest magnitude then.
+def _apply(channel: torch.Tensor, scale: Scale) -> None:
+    """Shift and scale a channel in place."""
+    _multiply(channel, scale.power)
+    channel.sub_(scale.origin).div_(scale.extent) if scale.extent else channel.zero_()
+
+
+def _scale(channel: torch.Tensor, scheme: str, inside: torch.Tensor | None = None) -> Scale:
+    """Measure what normalises a channel: mean and deviation of its voxels `inside`, or of all, or their extremes."""
+    power, magnitude = _ordinary_unit(channel)
+    values = channel if inside is None else channel[inside]
+    if power:
+        values = values.clone()
+        _multiply(values, power)
+    if scheme == "rescale_to_0_1":
+        origin = values.min()
+        extent, noise = values.max() - origin, 4 * FLAT * magnitude  # the extent is some deviations
+        return Scale(power, origin, extent.clamp_min(EPSILON) if extent >= noise else torch.zeros(()))
+    mean = values.mean(dtype=torch.float64)  # in float32 it would depend on the number of threads
+    deviation = (values - mean.float()).square_().mean(dtype=torch.float64).sqrt()
+    constant = bool(deviation < FLAT * magnitude)
+    return Scale(power, mean.float(), torch.zeros(()) if constant else (deviation + EPSILON).float())
+
+
+def _ordinary_unit(channel: torch.Tensor) -> tuple[int, float]:
+    """Return the power of two to multiply by where the magnitude is extreme, else 0, and the largest magnitude then.
 
     A power of two changes no digit, and where the magnitude is ordinary nothing is changed at all.
     """
     magnitude = max(abs(float(limit)) for limit in channel.aminmax()) if channel.numel() else 0.0
+    power = 0
     if magnitude and math.isfinite(magnitude) and not ORDINARY[0] <= magnitude <= ORDINARY[1]:
-        shift = 10 - math.frexp(magnitude)[1]
-        for part in (shift // 2, shift - shift // 2):  # float32 has no 2^137
-            channel.mul_(2.0**part)
-        magnitude = math.ldexp(magnitude, shift)
-    return magnitude
+        power = 10 - math.frexp(magnitude)[1]
+    return power, math.ldexp(magnitude, power)
 
 
-def _standardise(channel: torch.Tensor, inside: torch.Tensor | None = None) -> None:
-    """Shift and scale a channel, in place, by mean and deviation of the voxels `inside`, or of all."""
-    magnitude = _to_ordinary_unit(channel)
-    values = channel if inside is None else channel[inside]
-    mean = values.mean(dtype=torch.float64)  # in float32 it would depend on the number of threads
-    deviation = (values - mean.float()).square_().mean(dtype=torch.float64).sqrt()
-    if deviation < FLAT * magnitude:
-        channel.zero_()
-        return
-    channel.sub_(mean.float()).div_((deviation + EPSILON).float())
+def _multiply(channel: torch.Tensor, power: int) -> None:
+    for part in (power // 2, power - power // 2) if power else ():  # float32 has no 2^137
+        channel.mul_(2.0**part)
 
 
 def _normalise_within(image: torch.Tensor, channels: Sequence[int]) -> None:
     """Normalise the voxels in which any channel is not 0, as nnU-Net has it; all others stay 0."""
     inside = _filled(image != 0)
     for channel in channels if inside.any() else ():
-        _standardise(image[channel], inside)
+        _apply(image[channel], _scale(image[channel], "zscore", inside))
         image[channel].mul_(inside)
 
 

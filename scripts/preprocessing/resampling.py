@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Spacingd
+from monai.transforms import MapTransform, Spacingd, SpatialResample
 
 from .agreement import AgreedLabels, along_axes, axes_of, label_at, scores_at
+from .part import PART, resample_part
 
 SCORES_AT_ONCE = 2**24  # that are interpolated, of all classes together
 
@@ -25,15 +26,23 @@ warnings.filterwarnings("ignore", message="align_corners=False is not compatible
 class GridSpacingd(Spacingd):
     """MONAI's Spacingd that leaves entries alone whose name begins with a key's, as MONAI Label's `image_path` does.
 
-    MONAI 1.6 takes every `<key>_*` entry for a metadata dictionary and fails on a string.
+    MONAI 1.6 takes every `<key>_*` entry for a metadata dictionary and fails on a string. Of an image that has a `PART`
+    that alone is computed.
     """
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
-        prefixes = tuple(f"{key}_" for key in self.keys)
-        aside: dict[Hashable, torch.Tensor] = {
-            k: v for k, v in data.items() if isinstance(k, str) and k.startswith(prefixes) and not isinstance(v, dict)
-        }
-        return {**super().__call__({k: v for k, v in data.items() if k not in aside}, lazy=lazy), **aside}
+        out = dict(data)
+        for key, mode, padding, align, dtype in self.key_iterator(
+            out, self.mode, self.padding_mode, self.align_corners, self.dtype
+        ):
+            image = out[key]
+            if not isinstance(image, MetaTensor) or PART not in image.meta:
+                out |= super().__call__({key: image}, lazy=lazy)
+                continue
+            whole = super().__call__({key: image}, lazy=True)[key]
+            assert isinstance(whole, MetaTensor), "as the image is"
+            out[key] = resample_part(image, whole, SpatialResample(mode, padding, align, dtype))
+        return out
 
 
 class LabelsOnScanGridd(MapTransform):
@@ -158,11 +167,21 @@ class _OnGrid:
         axis = int(self.to_scores[0, :3].abs().argmax())  # of the target, along which the scores' planes follow
         voxels = min(slab_voxels, SCORES_AT_ONCE // (classes or size[0]))
         rows = max(1, voxels // (math.prod(shape) // shape[axis]))
+        reached = self._reached(shape)
         slabs = [
-            [range(a, min(a + rows, shape[axis])) if i == axis else range(n) for i, n in enumerate(shape)]
+            [range(max(a, r.start), min(a + rows, r.stop)) if i == axis else r for i, r in enumerate(reached)]
             for a in range(0, shape[axis], rows)
         ]
-        self.open = [(slab, *self._span(slab)) for slab in slabs]
+        self.covered = [len(r) for r in reached] == list(shape)
+        self.open = [(slab, *self._span(slab)) for slab in slabs if all(slab)]
+
+    def _reached(self, shape: Sequence[int]) -> list[range]:
+        """Find the box of the target, of so many voxels, outside of which nothing lies in the scores' grid."""
+        corners = _coordinates(torch.linalg.inv(self.to_scores), [range(-1, n + 1, n + 1) for n in self.size.int()])
+        low, high = corners.amin(dim=(0, 1, 2)).floor(), corners.amax(dim=(0, 1, 2)).ceil()
+        return [
+            range(min(max(int(a), 0), n), min(max(int(b) + 1, 0), n)) for a, b, n in zip(low, high, shape, strict=True)
+        ]
 
     def _span(self, slab: Sequence[range]) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the part of the scores that a slab of the target touches, from its corners: (low, high)."""
@@ -230,7 +249,7 @@ class LabelsOnGrid(_OnGrid):
     ) -> None:
         super().__init__(size, affine, target_affine, shape, classes, slab_voxels)
         self.region_order = region_order
-        self.labels = torch.empty(list(shape), dtype=label_type(classes or size[0], region_order))
+        self.labels = torch.zeros(list(shape), dtype=label_type(classes or size[0], region_order))
         self.chosen: dict[int, torch.Tensor] = {}  # the labels of known planes, as `_choose` counts them
 
     def _interpolate(self, slab: Sequence[range], low: torch.Tensor, high: torch.Tensor) -> None:
@@ -294,6 +313,8 @@ class ScoresOnGrid(_OnGrid):
         super().__init__(size, affine, target_affine, shape)
         self.outside = torch.tensor(outside)[:, None, None, None]
         self.scores = torch.empty([size[0], *reversed(shape)], dtype=torch.float16).permute(0, 3, 2, 1)
+        if not self.covered:
+            self.scores[:] = self.outside.half()
 
     def _keep(self, there: tuple[slice, ...], values: torch.Tensor, inside: torch.Tensor) -> None:
         self.scores[(slice(None), *there)] = torch.where(inside, values.cpu(), self.outside).half()

@@ -172,6 +172,8 @@ def _copy_weights(weights: Path, models: Path) -> None:
     models.mkdir(parents=True)
     files = [weights, settings_file(weights), weights.with_name("postprocessing.json")]
     copies = [Path(shutil.copyfile(file, models / file.name)) for file in files if file.is_file()]
+    if (coarse := weights.with_name("coarse") / weights.name).is_file():  # which --fast takes
+        _copy_weights(coarse, models / "coarse")
     (models / "SHA256SUMS").write_text("".join(f"{sha256(copy)}  {copy.name}\n" for copy in copies))
 
 

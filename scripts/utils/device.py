@@ -162,11 +162,13 @@ def amp_kwargs(device: str | torch.device) -> dict[str, Any]:
 
 
 def start_distributed(minutes: float = 30) -> None:
-    """Join the process group that torchrun describes: nccl on GPUs, gloo on CPUs.
+    """Join the process group that torchrun describes, unless that is done: nccl on GPUs, gloo on CPUs.
 
     Args:
         minutes: how long a process waits for another one, before all of them end.
     """
+    if dist.is_initialized():
+        return
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=minutes)
     )

@@ -99,9 +99,9 @@ def prepare(config: ConfigParser | None = None, change: Callable[[ConfigParser],
     Raises:
         UserError: an unknown name, or a value that its setting cannot have.
     """
-    from monai.bundle import ConfigParser, ConfigWorkflow
+    from monai.bundle import ConfigWorkflow
 
-    config = config or next(_callers(ConfigParser), None)
+    config = config or calling_config()
     content = config.get() if config is not None else None
     if config is None or not isinstance(content, dict):
         return
@@ -199,6 +199,13 @@ def _check_dimension(config: ConfigParser) -> None:
         raise UserError(f"patch_size is {patch}; expected {wanted}, since the network is {dim}.")
     if dim == "2d" and isinstance(axes, list) and 2 in axes:
         raise UserError(f'mirror_axes is {axes}; expected some of 0, 1, for example "[0,1]", since the network is 2d.')
+
+
+def calling_config() -> ConfigParser | None:
+    """Find the configuration whose expression is being evaluated, which MONAI does not hand to expressions."""
+    from monai.bundle import ConfigParser
+
+    return next(_callers(ConfigParser), None)
 
 
 def _callers(kind: type) -> Iterator[Any]:

@@ -271,7 +271,7 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     **dict.fromkeys(("bundle_root", "dataset_dir", "ckpt_dir", "output_dir", "cache_dir", "model_file"), path),
     **dict.fromkeys(("output", "folder", "fingerprint_file", "checks#fingerprint#fingerprint_file"), path),
     **dict.fromkeys(("init_weights", "postprocessing_file"), _optional(path)),
-    **dict.fromkeys(("skip_existing", "tta", "amp", "compile", "preview", "save_probabilities"), switch),
+    **dict.fromkeys(("skip_existing", "fast", "tta", "amp", "compile", "preview", "save_probabilities"), switch),
     **dict.fromkeys(("save_predictions", "lesion_scores", "train#batch_dice"), switch),
     **dict.fromkeys(("epochs", "iterations", "batch_size", "val_interval"), count),
     "resume": Kind("True, False or auto", _either(_one_of("auto"), _switch)),
@@ -291,6 +291,8 @@ SETTINGS = {  # of all commands, as docs/reference/settings.md lists them
     "output_file": _optional(path),
     "series": _optional(Kind("the UID of a DICOM series", _uid)),
     "device": Kind("", _device),  # which there are is said when it is asked for
+    **{f"coarse#{name}": MODEL[name] for name in ("spacing", "patch_size")},
+    "coarse#epochs": count,
     "fine_tuning#skip_heads": switch,
     "fine_tuning#freeze": _optional(Kind("encoder", _one_of("encoder"))),
     "fine_tuning#layer_decay": Kind("a number over 0 and up to 1, for example 0.8", _number(0, 1, above=True)),

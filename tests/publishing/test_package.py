@@ -32,6 +32,7 @@ def made(trained, phantom_dir, tmp_path_factory):
     """Evaluate and package the phantom's weights by the command; return the folder that holds both."""
     folder = tmp_path_factory.mktemp("packages")
     weights = shutil.copytree(trained, folder / "trained")
+    shutil.copytree(trained, weights / "coarse")
     bundle(
         "evaluating", *overlays("train", "evaluate"), "--dataset_dir", phantom_dir, "--ckpt_dir", weights,
         "--output_dir", folder / "eval", "--num_workers", 0,
@@ -42,6 +43,12 @@ def made(trained, phantom_dir, tmp_path_factory):
     )  # fmt: skip
     assert str(folder / "made" / NAME) in done.stdout
     return folder
+
+
+def test_coarse_weights_come_along(made):
+    models = made / "made" / NAME / "models"
+    assert sorted(path.name for path in (models / "coarse").iterdir()) == ["SHA256SUMS", "model.json", "model.pt"]
+    assert (models / "coarse/model.pt").read_bytes() == (models / "model.pt").read_bytes()
 
 
 def alone(*command: str, cwd) -> str:
