@@ -15,6 +15,11 @@ COMMANDS = {  # name -> module, function, what it does
     "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
     "score_masks": ("evaluation.mask_scores", "score_masks", "score a folder of masks by a folder of references"),
     "compare_scores": ("evaluation.comparison", "compare_scores", "compare two evaluations, case by case"),
+    "find_best_configuration": (
+        "evaluation.best_configuration",
+        "find_best_configuration",
+        "rank cross-validations and their ensembles, say how to use the best",
+    ),
     "package": ("publishing.package", "package", "make of a training a bundle of its own, folder and zip"),
     "ensemble_probabilities": (
         "inference.ensemble_probabilities",
