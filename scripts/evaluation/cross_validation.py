@@ -111,9 +111,9 @@ def _run_fold(
     if _epochs_done(weights) < config["epochs"]:
         print(f"fold {fold}: training", flush=True)
         _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, "resume": "auto"})
-    done = _newer(f"{scores}/summary.json", f"{weights}/model.pt") and _scores(scores)
-    files_of = {row["case"]: probability_file(scores, row["case"]) for row in done or ()}
-    if not done or (save_probabilities and not all(file.is_file() for file in files_of.values())):
+    cases = [row["case"] for row in _scores(scores)]
+    done = cases and _newer(f"{scores}/summary.json", f"{weights}/model.pt")
+    if not done or (save_probabilities and not all(probability_file(scores, case).is_file() for case in cases)):
         print(f"fold {fold}: scoring", flush=True)
         for file in probability_file(scores, "").parent.glob("*.npz"):
             file.unlink()  # of earlier weights
