@@ -88,8 +88,8 @@ def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, d
         return _listed(path, channels)
     endings = (*ENDINGS, *PICTURE.endings) if dim == "2d" else ENDINGS
     if series:
-        file = dicom_series.file_of(path, series)
-        return [{"case": case_id(Path(file), 1), "image": file}]
+        stands_for_it = dicom_series.file_of(path, series)
+        return [{"case": case_id(Path(stands_for_it), 1), "image": stands_for_it}]
     files = _files_of_one(path, channels, endings) if path.is_file() else _files_in(path, endings)
     if not files:
         raise UserError(
