@@ -204,9 +204,8 @@ def _commands(best: Candidate, folder: Path) -> Iterator[str]:
     parts = [f"{MASKS}/part_{number}" for number, _ in enumerate(best.members)]
     for member, part in zip(best.members, parts, strict=True):
         yield _segment([member], part, "--postprocessing_file", "none", "--save_probabilities", "True")
-    yield shlex.join(
-        ("python", "-m", "scripts", "ensemble_probabilities", "--folders", str(parts), "--output_dir", MASKS, *decision)
-    )
+    averaging = ("python", "-m", "scripts", "ensemble_probabilities", "--folders", str(parts), "--output_dir", MASKS)
+    yield _line(*averaging, *decision)
 
 
 def _run_as_one(members: Sequence[CrossValidated]) -> bool:
@@ -221,7 +220,12 @@ def _run_as_one(members: Sequence[CrossValidated]) -> bool:
 
 
 def _segment(members: Sequence[CrossValidated], output_dir: str, *options: str) -> str:
-    weights = str([member.weights for member in members])
+    weights = str([member.weights for member in members]) if len(members) > 1 else members[0].weights
     settings = [part for name, value in members[0].inference.items() for part in (f"--{name}", str(value))]
     folders = ("--dataset_dir", SCANS, "--output_dir", output_dir)
-    return shlex.join([*RUN, *folders, "--ensemble", weights, *settings, *options])
+    return _line(*RUN, *folders, "--ensemble", weights, *settings, *options)
+
+
+def _line(*words: str) -> str:
+    """Spell a command for a shell; lists in double quotes, as people write them."""
+    return " ".join(f'"{w}"' if "'" in w and not set(w) & set('"$`\\!') else shlex.quote(w) for w in words)

@@ -186,7 +186,9 @@ def test_a_mean_of_other_grids_or_windows_is_made_of_saved_probabilities(other, 
         write_npz(
             Path(folder, f"fold_{int(case > 'c')}/predictions/{case}.npz"), planes(LEFT_OUT), Dataset(data).labels, 0.5
         )
-    first, second, last = commands(find(data, tmp_path, one, two))
+    said = find(data, tmp_path, one, two)
+    assert "--folders \"['MASKS/part_0', 'MASKS/part_1']\"" in said
+    first, second, last = commands(said)
     assert [option(c, "save_probabilities") for c in (first, second)] == ["True", "True"]
     assert [option(c, "postprocessing_file") for c in (first, second)] == ["none", "none"]
     assert option(second, "tta") == str(other.get("tta", False))
@@ -220,7 +222,7 @@ def test_a_single_cross_validation_has_a_command_too(data, tmp_path):
     (command,) = commands(said)
     assert "Nothing to compare" in said
     assert "--save_probabilities" not in said
-    assert Path(option(command, "ensemble")[2:-2].replace("[[]", "[")).parents[1] == Path(one, "models")
+    assert Path(option(command, "ensemble").replace("[[]", "[")).parents[1] == Path(one, "models")
     assert not (tmp_path / "best/predictions").exists()
 
 
