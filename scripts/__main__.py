@@ -15,6 +15,11 @@ COMMANDS = {  # name -> module, function, what it does
     "cross_validate": ("evaluation.cross_validation", "cross_validate", "train and score all folds, pool their scores"),
     "score_masks": ("evaluation.mask_scores", "score_masks", "score a folder of masks by a folder of references"),
     "compare_scores": ("evaluation.comparison", "compare_scores", "compare two evaluations, case by case"),
+    "find_best_configuration": (
+        "evaluation.best_configuration",
+        "find_best_configuration",
+        "rank cross-validations and their ensembles, say how to use the best",
+    ),
     "package": ("publishing.package", "package", "make of a training a bundle of its own, folder and zip"),
     "ensemble_probabilities": (
         "inference.ensemble_probabilities",
@@ -26,6 +31,7 @@ COMMANDS = {  # name -> module, function, what it does
         "convert_weights",
         "weights of MIC-DKFZ/MedNeXt or MONAI to this bundle and back",
     ),
+    "extend_folds": ("data.extend_folds", "extend_folds", "keep the folds of a data set that gets more cases"),
     "convert_dataset": ("data.convert", "convert_layout", "a Decathlon folder to an nnU-Net v2 folder and back"),
     "benchmark_cpu": ("benchmarks.cpu", "bench", "time this network beside others on this CPU"),
     "benchmark_gpu": ("benchmarks.gpu", "bench", "time this network beside others on this GPU, and tune its kernels"),

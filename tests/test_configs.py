@@ -83,6 +83,9 @@ def test_shared_settings_and_definitions_have_the_same_text():
     for part in ("native", "resampled", "image"):
         assert train["transforms"][part] == inference["transforms"][part], part
     assert train["validate"]["inferer"] == inference["inferer"]
+    (to_labels,) = train["validate"]["postprocessing"]["transforms"]
+    assert to_labels in inference["postprocessing"]["transforms"]
+    assert to_labels in read("evaluate")["validate#postprocessing#transforms"]
 
 
 def test_training_has_at_most_45_keys():
@@ -145,6 +148,7 @@ def test_overlays_only_touch_what_exists(names):
                 "model_file",
                 "postprocessing_file",
                 "save_predictions",
+                "save_probabilities",
                 "nsd_tolerance_mm",
                 "patience_minutes",
                 "lesion_scores",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..utils.errors import UserError
 from ..utils.files import read_json, read_table
+from ..utils.settings_table import SETTINGS
+from . import dicom_series
 
 ENDINGS = (".csv", ".json")
+SERIES = re.compile(r"series(_\d{4})?")  # columns
 EXPECTED = (
     'expected a CSV file with a column "image" (with several channels "image_0000", "image_0001", ..), or a JSON list'
-    ' of FILE, [FILE, ..] with one a channel, or {"image": FILE or [FILE, ..]}; in both, "case" may give a name'
+    ' of FILE, [FILE, ..] with one a channel, or {"image": FILE or [FILE, ..]}; in both, "case" may give a name,'
+    ' "series" the UID of the DICOM series that is meant, of several channels one each'
 )
 
 
@@ -24,7 +29,7 @@ def read_cases(path: Path, label: bool = False) -> list[tuple[str | None, list[s
         label: whether the last file of each case is its "label".
 
     Raises:
-        UserError: it cannot be read, is no such list, or empty.
+        UserError: it cannot be read, is no such list, or empty; a DICOM series that an entry names is not there.
     """
     listed = _rows(path) if path.suffix.lower() == ".csv" else read_json(path)
     if isinstance(listed, dict):
@@ -38,14 +43,29 @@ def read_cases(path: Path, label: bool = False) -> list[tuple[str | None, list[s
         if not files or not isinstance(name, str | None):
             also = ', and its "label"' if label else ""
             raise UserError(f"{path} has {repr(entry)[:80]} as case {number}; {EXPECTED}{also}: correct it.")
-        found.append((name, [str(path.parent / file) for file in files]))
+        uids = [*_series(entry, f"series of case {number} of {path}", len(files) - label), *[None] * label]
+        places = [str(path.parent / file) for file in files]
+        found.append((name, [dicom_series.file_of(p, uid) if uid else p for p, uid in zip(places, uids, strict=True)]))
     return found
 
 
+def _series(entry: object, called: str, images: int) -> list[str | None]:
+    """List the DICOM series that an entry names, one an image, each None where it names none."""
+    found = (entry.get("series") if isinstance(entry, dict) else None) or [None] * images
+    uids = [SETTINGS["series"].of(uid or None, called) for uid in (found if isinstance(found, list) else [found])]
+    if len(uids) != images:
+        raise UserError(f"{called} is {found}; expected a UID for each of the {images} images, in a list.")
+    return uids
+
+
 def _rows(path: Path) -> list[dict]:
-    """Read a table, whose columns that begin with "image" are the channels."""
+    """Read a table, whose columns that begin with "image" are the channels; "series", "series_0000" are theirs."""
     return [
-        {**row, "image": [file for column, file in sorted(row.items()) if column.startswith("image")]}
+        {
+            **row,
+            "image": [file for column, file in sorted(row.items()) if column.startswith("image")],
+            "series": [uid.strip() for column, uid in sorted(row.items()) if SERIES.fullmatch(column)],
+        }
         for row in read_table(path)
     ]
 

@@ -136,6 +136,27 @@ def find(path: str | Path) -> Series:
         raise UserError(f"{path} has DICOM files that make no volume ({e}); export the series again.") from e
 
 
+def file_of(path: str | Path, uid: str) -> str:
+    """Find a DICOM series by its UID in a folder, or beside a file: return a file that stands for it, see `find`.
+
+    Raises:
+        UserError: there is no such path or series, or it lies in several folders.
+    """
+    if not Path(path).exists():
+        raise UserError(
+            f"{path} does not exist, where the series {uid} is looked for; give its folder or a file of it."
+        )
+    found = find_series(path if Path(path).is_dir() else Path(path).parent)
+    wanted = [series for series in found if series.uid == uid]
+    if not wanted:
+        there = ", ".join(map(str, found)) or "none"
+        raise UserError(f"{path} has no series {uid}; there are: {there}. Give the UID of one of them.")
+    folders = sorted({Path(file).parent for file in wanted[0].files})
+    if len(folders) > 1:
+        raise UserError(f"series {uid} lies in {', '.join(map(str, folders))}; move its files into one folder.")
+    return wanted[0].files[0]
+
+
 def read_file(path: str | Path, **options: Any) -> Any:
     """Read a file with pydicom, whatever it thinks of values that the standard does not allow."""
     pydicom = require_package("pydicom", path)

@@ -83,10 +83,13 @@ def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, d
     """
     path = Path(dataset_dir)
     if path.suffix.lower() in case_lists.ENDINGS and path.is_file():
+        if series:
+            raise UserError(f'series is {series}, and {path} lists cases; give each case its own "series" there.')
         return _listed(path, channels)
     endings = (*ENDINGS, *PICTURE.endings) if dim == "2d" else ENDINGS
     if series:
-        return [_of_series(path, series)]
+        stands_for_it = dicom_series.file_of(path, series)
+        return [{"case": case_id(Path(stands_for_it), 1), "image": stands_for_it}]
     files = _files_of_one(path, channels, endings) if path.is_file() else _files_in(path, endings)
     if not files:
         raise UserError(
@@ -151,23 +154,6 @@ def _dicom_folders(path: Path) -> list[Path]:
     if left_out := [str(folder) for folder, series in found.items() if not series]:
         logger.warning("left out as without a series of slices: %s", ", ".join(left_out))
     return [folder for folder, series in found.items() if series]
-
-
-def _of_series(path: Path, uid: str) -> dict:
-    """Find a DICOM series: its case, and a file that stands for it.
-
-    Raises:
-        UserError: there is no such series, or it lies in several folders.
-    """
-    found = dicom_series.find_series(path if path.is_dir() else path.parent)
-    wanted = [series for series in found if series.uid == uid]
-    if not wanted:
-        there = ", ".join(map(str, found)) or "none"
-        raise UserError(f"{path} has no series {uid}; there are: {there}. Give the UID of one of them.")
-    folders = sorted({Path(file).parent for file in wanted[0].files})
-    if len(folders) > 1:
-        raise UserError(f"series {uid} lies in {', '.join(map(str, folders))}; move its files into one folder.")
-    return {"case": case_id(Path(wanted[0].files[0]), 1), "image": wanted[0].files[0]}
 
 
 def case_id(path: Path, channels: int) -> str:

@@ -49,9 +49,9 @@ def compare_scores(one: str, other: str, output_dir: str = "comparison") -> None
         values = np.array(
             [[[_score(table, c, k, metric) for k in classes] for c in cases] for table in (first, second)]
         )
-        values = np.concatenate([values, _mean(values)[..., None]], axis=-1) if len(classes) > 1 else values
+        values = np.concatenate([values, mean_of_both(values)[..., None]], axis=-1) if len(classes) > 1 else values
         names = [*classes, "mean"][: values.shape[-1]]
-        rows += [{"label": name, "score": metric, **_compared(*values[..., place])} for place, name in enumerate(names)]
+        rows += [{"label": name, "score": metric, **compared(*values[..., place])} for place, name in enumerate(names)]
         drawn[metric] = values[1, :, -1] - values[0, :, -1]
     folder = Path(output_dir)
     write_table(folder / "differences.csv", list(rows[0]), rows)
@@ -77,14 +77,14 @@ def _score(table: Table, case: str, label: str, metric: str) -> float:
     return table.get((case, label), {}).get(metric, math.nan)
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def mean_of_both(values: np.ndarray) -> np.ndarray:
     """Average over the classes that both have scored in a case; nan where there are none."""
     both = np.isfinite(values).all(axis=0)
     sums, counts = np.where(both, values, 0).sum(-1), both.sum(-1)
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
-def _compared(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+def compared(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     """Compare two rows of scores of the same cases."""
     finite = np.isfinite(one) & np.isfinite(other)
     difference = (other - one)[finite]

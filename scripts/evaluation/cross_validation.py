@@ -15,16 +15,20 @@ from monai.bundle import ConfigParser
 from ..data.datasets import Dataset
 from ..data.folds import SPLITS, Fold
 from ..data.scans import mask_file
+from ..inference.export import MaskLayout
 from ..utils.errors import UserError
-from ..utils.files import check_writable, copy_file, remembered
+from ..utils.files import check_writable, copy_file, remembered, write_text
 from ..utils.ownership import alone, owned
 from ..utils.settings import give, prepare
+from ..utils.settings_table import SETTINGS
 from ..utils.signals import run_child
 from ..weights.checkpoint_pair import newest
 from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
 from .tables import with_nan, write_tables
 
 TRAIN = "configs/train.json"
+RECORD = "cross_validation.json"  # in output_dir: where the weights are, and how they were scored
+SCORED_WITH = ("tta", "overlap", "window_scheme")  # settings of inference, too
 
 
 def cross_validate(
@@ -33,6 +37,7 @@ def cross_validate(
     ckpt_dir: str = "models",
     output_dir: str = "eval",
     folds: int | Sequence[int] | None = None,
+    save_probabilities: bool = False,
     **values,
 ) -> None:
     """Train and score folds one after the other, each in a process of its own; what is done already is left as it is.
@@ -48,6 +53,8 @@ def cross_validate(
         output_dir: folder for the scores.
         folds: which to run here, for example `--folds 2` or `--folds "[0,1]"`; all by default. Several machines may
             each run some; the last one pools.
+        save_probabilities: keep the probabilities of held-out cases beside their masks, for
+            `find_best_configuration`; folds that were scored without are scored again.
         values: any setting of the config with its value; `{fold}` in it becomes the number of the fold, for
             example `--init_weights "k3/fold_{fold}/model.pt"`, so that no network starts from one that saw its cases.
 
@@ -61,6 +68,7 @@ def cross_validate(
         raise UserError(
             f"--{min(refused)} is set by cross-validation itself; leave it out (--folds 2 runs fold 2 alone)."
         )
+    save_probabilities = SETTINGS["save_probabilities"].of(save_probabilities, "save_probabilities")
     check_writable(ckpt_dir, output_dir)
     existing = range(len(checked_folds(Dataset(dataset_dir))))
     wanted = list(existing) if folds is None else [folds] if isinstance(folds, int) else list(folds)
@@ -74,7 +82,8 @@ def cross_validate(
         weights, scores = f"{ckpt_dir}/fold_{fold}", f"{output_dir}/fold_{fold}"
         folders = {"dataset_dir": dataset_dir, "ckpt_dir": weights, "output_dir": scores}
         with owned(weights, "cross_validation"):
-            _run_fold(fold, files, config, {**folders, **fingerprints, **_of_fold(fold, values)})
+            settings = {**folders, **fingerprints, **_of_fold(fold, values)}
+            _run_fold(fold, files, config, settings, save_probabilities)
     missing = [fold for fold in existing if not _scores(f"{output_dir}/fold_{fold}")]
     if missing:
         print(f"folds {', '.join(map(str, missing))} are still to be run; the last one pools the scores of all")
@@ -84,6 +93,8 @@ def cross_validate(
         _run("pooling", [*files, _found("configs/pool.json")], common)
         for fold in existing:
             copy_file(f"{output_dir}/postprocessing.json", f"{ckpt_dir}/fold_{fold}/postprocessing.json")
+        record = {"ckpt_dir": os.path.abspath(ckpt_dir), "inference": {name: config[name] for name in SCORED_WITH}}
+        write_text(f"{output_dir}/{RECORD}", json.dumps(record, indent=2) + "\n")
 
 
 def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,16 +102,28 @@ def _of_fold(fold: int, values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in values.items()}
 
 
-def _run_fold(fold: int, files: Sequence[str], config: ConfigParser, values: Mapping[str, Any]) -> None:
+def _run_fold(
+    fold: int, files: Sequence[str], config: ConfigParser, values: Mapping[str, Any], save_probabilities: bool
+) -> None:
     """Train and score a fold, as far as that is still to be done."""
     weights, scores = values["ckpt_dir"], values["output_dir"]
     _check_same(weights, config)
     if _epochs_done(weights) < config["epochs"]:
         print(f"fold {fold}: training", flush=True)
         _run("training", files, {"checkpoint_selection": "last", **values, "fold": fold, "resume": "auto"})
-    if not (_scores(scores) and _newer(f"{scores}/summary.json", f"{weights}/model.pt")):
+    cases = [row["case"] for row in _scores(scores)]
+    done = cases and _newer(f"{scores}/summary.json", f"{weights}/model.pt")
+    if not done or (save_probabilities and not all(probability_file(scores, case).is_file() for case in cases)):
         print(f"fold {fold}: scoring", flush=True)
-        _run("evaluating", [*files, _found("configs/evaluate.json")], values)
+        for file in probability_file(scores, "").parent.glob("*.npz"):
+            file.unlink()  # of earlier weights
+        scoring = {**values, "save_probabilities": save_probabilities}
+        _run("evaluating", [*files, _found("configs/evaluate.json")], scoring)
+
+
+def probability_file(folder: str | Path, case: str) -> Path:
+    """Return the path of the probabilities of a case that was scored into a folder."""
+    return MaskLayout(str(Path(folder, "predictions"))).probabilities(case)
 
 
 def checked_folds(data: Dataset) -> list[Fold]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import locale
 import logging
 import shutil
@@ -26,9 +27,10 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from scripts.data.datasets import Dataset
 from scripts.data.dicom_series import find_series
 from scripts.data.images import parts, read_header, read_image
-from scripts.data.scans import find_scans
+from scripts.data.scans import find_scans, image_files
 from scripts.utils.errors import UserError
 
 SHAPE = (9, 8, 6)
@@ -337,6 +339,85 @@ def test_of_several_series_the_longest_axial_one_is_taken_and_said(voxels, tmp_p
     np.testing.assert_array_equal(read_image(found[0]["image"]).values[:, :, 0], voxels[:, :, 0])
     with pytest.raises(UserError, match=rf"has no series 1.2.3; there are: {UIDS[0]}"):
         find_scans(str(folder), series="1.2.3")
+
+
+def listed(path: Path, content: object, channels: int = 1) -> dict[str, list[str]]:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return {case["case"]: image_files(case) for case in find_scans(str(path), channels)}
+
+
+@pytest.mark.parametrize("made", ["csv", "json"])
+def test_a_list_says_the_series_of_each_case(made, voxels, tmp_path):
+    folder = save_slices(tmp_path / "dicom/s", slices(voxels, AFFINE, UIDS[0]))
+    save_slices(folder, slices(voxels[:, :, ::-1] + 1, AFFINE, UIDS[1]), "other{}")
+    save(tmp_path / "ct.nii.gz", voxels, AFFINE)
+    entries = [
+        {"case": "first", "image": "dicom/s", "series": UIDS[0]},
+        {"case": "second", "image": str(folder / "IM0000"), "series": UIDS[1]},  # a file stands for its folder
+        {"image": "dicom/s", "series": ""},
+        {"image": "ct.nii.gz"},
+    ]
+    table = "case,image,series\n" + "".join(
+        f"{','.join(e.get(k, '') for k in ('case', 'image', 'series'))}\n" for e in entries
+    )
+    found = listed(tmp_path / f"list.{made}", table if made == "csv" else entries)
+    assert sorted(found) == ["ct", "first", "s", "second"]
+    assert found["s"] == [str(folder)]
+    require_same(found["first"][0], voxels)
+    require_same(found["second"][0], voxels[:, :, ::-1] + 1)
+
+
+@pytest.mark.parametrize("made", ["csv", "json"])
+def test_a_list_says_the_series_of_each_channel(made, voxels, tmp_path):
+    folder = save_slices(tmp_path / "s", slices(voxels, AFFINE, UIDS[0]))
+    save_slices(folder, slices(voxels + 1, AFFINE, UIDS[1]), "other{}")
+    rows = f"image_0001,image_0000,series_0000,series_0001,series_note\ns,s,{UIDS[1]}, {UIDS[0]},x\n"
+    entries = [{"image": ["s", "s"], "series": [UIDS[1], UIDS[0]]}]
+    ((one, other),) = listed(tmp_path / f"list.{made}", rows if made == "csv" else entries, 2).values()
+    require_same(one, voxels + 1)
+    require_same(other, voxels)
+
+
+def test_a_list_of_training_cases_says_it_too(voxels, tmp_path):
+    folder = save_slices(tmp_path / "s", slices(voxels, AFFINE, UIDS[0]))
+    save_slices(folder, slices(voxels + 1, AFFINE, UIDS[1]), "other{}")
+    save(tmp_path / "label.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
+    entries = [{"case": n, "image": "s", "series": u, "label": "label.nii.gz"} for n, u in zip("ab", UIDS, strict=True)]
+    description = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "x"}, "training": "cases.json"}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    (tmp_path / "cases.json").write_text(json.dumps(entries))
+    for case, add in zip(Dataset(tmp_path).cases, (0, 1), strict=True):
+        require_same(case["image"], voxels + add)
+        assert Path(case["label"]).name == "label.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"image": "s", "series": "1.2.3"}, f"s has no series 1.2.3; there are: {UIDS[0]} of 6 slices"),
+        ({"image": "ct.nii.gz", "series": UIDS[1]}, f"ct.nii.gz has no series {UIDS[1]}; there are: {UIDS[0]}"),
+        ({"image": "gone", "series": UIDS[0]}, "gone does not exist, where the series"),
+        ({"image": "empty", "series": UIDS[0]}, "empty has no series .* there are: none"),
+        ({"image": "s", "series": 3}, "series of case 0 of .*list.json is 3; expected the UID of a DICOM series"),
+        ({"image": "s", "series": "CT thorax"}, "series of case 0 of .*list.json is 'CT thorax'; expected the UID"),
+        ({"image": "s", "series": [[UIDS[0]]]}, "series of case 0 of .*expected the UID"),
+        ({"image": "s", "series": {"uid": UIDS[0]}}, "series of case 0 of .*expected the UID"),
+        ({"image": ["s", "s"], "series": UIDS[0]}, "expected a UID for each of the 2 images, in a list"),
+        ({"image": "s", "series": [UIDS[0], UIDS[0]]}, "expected a UID for each of the 1 images, in a list"),
+    ],
+)
+def test_a_list_with_a_wrong_series_is_refused(entry, said, voxels, tmp_path):
+    save_slices(tmp_path / "s", slices(voxels, AFFINE, UIDS[0]))
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "ct.nii.gz", voxels, AFFINE)
+    with pytest.raises(UserError, match=said):
+        listed(tmp_path / "list.json", [entry])
+
+
+def test_one_series_for_a_whole_list_is_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("image\na.nii.gz\n")
+    with pytest.raises(UserError, match='series is 1.2, and .*list.csv lists cases; give each case its own "series"'):
+        find_scans(str(tmp_path / "list.csv"), series="1.2")
 
 
 def test_a_series_in_several_folders_cannot_be_named(voxels, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import CACHE, COARSE, ROOT, TINY, bundle, overlays, python_m, save
 from scripts.evaluation import cross_validation
 from scripts.evaluation.cross_validation import cross_validate, pool_folds
 from scripts.utils.errors import UserError
+from scripts.utils.files import read_table
 
 
 def scored(folder: Path, fold: int, cases: dict[str, float | None]) -> None:
@@ -167,6 +169,7 @@ class TestCommand:
         assert "resuming after epoch 1 of 2" in rest.stdout
         assert [row["case"] for row in rows(tmp_path / "eval/cases.csv")] == [n for n in names for _ in range(3)]
         assert (tmp_path / "eval/report.html").is_file()
+        before = read_table(tmp_path / "eval/cases.csv")
         decision = json.loads((tmp_path / "eval/postprocessing.json").read_text())
         assert (tmp_path / "models/fold_0/postprocessing.json").is_file()
         assert "largest component of" in (tmp_path / "eval/report.html").read_text()
@@ -179,6 +182,28 @@ class TestCommand:
             "--ensemble", ensemble, "--tta", "True", "--output_dir", tmp_path / "masks", "--num_workers", 0,
         )  # fmt: skip
         assert len(list((tmp_path / "masks").glob("*_seg.nii.gz"))) == 2
+
+        again = self.run(*common, "--save_probabilities", "True")
+        assert [f"fold {n}: {what}" in again.stdout for what in ("scoring", "training") for n in (0, 1)] == [1, 1, 0, 0]
+        assert "scoring" not in self.run(*common, "--save_probabilities", "True").stdout
+        assert read_table(tmp_path / "eval/cases.csv") == before
+        assert len(list((tmp_path / "eval").glob("fold_*/predictions/phantom_*.npz"))) == 5
+        shutil.copytree(tmp_path / "eval", tmp_path / "eval_tta")
+        both = [str(tmp_path / name) for name in ("eval", "eval_tta")]
+        found = python_m(
+            "scripts", "find_best_configuration", "--dataset_dir", folder, "--folders", str(both),
+            "--output_dir", tmp_path / "best",
+        )  # fmt: skip
+        ranking = {r["configuration"]: float(r["dice"]) for r in read_table(tmp_path / "best/ranking.csv")}
+        mean = ranking.pop(" + ".join(both))
+        alone = float(read_table(tmp_path / "eval/summary.csv")[-1]["dice"])
+        assert ranking == dict.fromkeys(both, pytest.approx(alone))
+        assert mean == pytest.approx(alone, abs=0.01)  # but for ties in half precision
+        assert found.stdout.count("\npython -m") == 1
+        command = next(line for line in found.stdout.splitlines() if line.startswith("python -m"))
+        command = command.replace("SCANS", str(folder / "imagesTs")).replace("MASKS", str(tmp_path / "best_masks"))
+        python_m(*shlex.split(command)[2:], "--num_workers", 0)
+        assert len(list((tmp_path / "best_masks").glob("*_seg.nii.gz"))) == 2
 
         other = self.run(*common, "--kernel_size", 5, fails=True)
         assert (

@@ -185,6 +185,25 @@ def test_an_ensemble_is_the_mean_of_probabilities(labels, count, tmp_path):
         assert image.get_data_dtype() == np.uint8
 
 
+@pytest.mark.parametrize("labels", [THREE, REGIONS])
+def test_a_decision_keeps_the_largest_component_of_the_mean(labels, tmp_path):
+    values = np.zeros((len(labels.names), 8, 1, 1), np.float16)
+    values[-1, [0, 1, 2, 5]] = 0.9  # the last label, in two parts
+    for name in ("one", "other"):
+        write(tmp_path / f"{name}/a.npz", values, labels)
+    decision = {"labels": labels.names, "steps": {"last": [len(labels.values) - 1]}}
+    (tmp_path / "postprocessing.json").write_text(json.dumps(decision))
+    folders, last = [str(tmp_path / "one"), str(tmp_path / "other")], labels.values[-1]
+    for file, kept in ((tmp_path / "postprocessing.json", [0, 1, 2]), ("none", [0, 1, 2, 5])):
+        ensemble_probabilities(folders, str(tmp_path / "out"), postprocessing_file=str(file))
+        assert np.flatnonzero(mask_of(tmp_path / "out", "a") == last).tolist() == kept
+    (tmp_path / "postprocessing.json").write_text(json.dumps({**decision, "labels": ["other"]}))
+    with pytest.raises(UserError, match="was decided for the labels .*other"):
+        ensemble_probabilities(
+            folders, str(tmp_path / "out"), postprocessing_file=str(tmp_path / "postprocessing.json")
+        )
+
+
 def test_the_command_makes_masks_with_their_scans_header(saved, scans, tmp_path):
     shutil.copytree(saved, tmp_path / "other")
     python_m(

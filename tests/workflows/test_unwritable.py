@@ -23,6 +23,7 @@ COMMANDS = {  # what stands for the place, the data, weights and another folder
     "cross_validate": ("cross_validate", "", "--dataset_dir", "DATA", "--output_dir", "PLACE/a", "--ckpt_dir", "OTHER"),
     "score_masks": ("score_masks", "", "DATA/labelsTr", "DATA/labelsTr", "--output_dir", "PLACE/a"),
     "compare_scores": ("compare_scores", "", "OTHER", "OTHER", "--output_dir", "PLACE/a"),
+    "find_best_configuration": ("find_best_configuration", "", "DATA", "OTHER", "--output_dir", "PLACE/a"),
     "convert_weights": ("convert_weights", "", "WEIGHTS/model.pt", "PLACE/a/model.pt", "--to", "monai"),
     "convert_dataset": ("convert_dataset", "", "DATA", "PLACE/a/data"),
 }  # fmt: skip
@@ -33,6 +34,7 @@ WORK = (  # what would come first
     "scripts.weights.convert.read_weights",
     "scripts.evaluation.mask_scores.score_case",
     "scripts.evaluation.comparison.read_table",
+    "scripts.evaluation.best_configuration.read_cross_validated",
     "scripts.data.download.download_url",
     "scripts.data.convert.read_image",
 )
