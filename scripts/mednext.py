@@ -174,7 +174,7 @@ class MedNeXt(nn.Module):
                 f"the input has {size} voxels; at least one side must be over {step},"
                 " or the coarsest level is one voxel, which its norm would set to zero. Pad it or use larger patches."
             )
-        missing = [-n % step for n in size]
+        missing = [(n + step - 1) // step * step - n for n in size]
         if exporting() or max(missing) > 0:  # an exported graph has no branches: it always pads
             pad: list[int] = []
             for m in missing:  # F.pad counts axes from the last one
