@@ -1,0 +1,27 @@
+"""What `--tracking mlflow` records beside MONAI's own numbers: the settings of the weights, and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from monai.handlers import MLFlowHandler
+
+
+def add(handlers: Iterable[object], parameters: Mapping[str, object], *files: str | Path) -> None:
+    """Have the trackers among `handlers` record parameters when they start, and files that are there when they end."""
+    for handler in _trackers(handlers):
+        handler.experiment_param = {**(handler.experiment_param or {}), **parameters}
+        handler.artifacts = (*handler.artifacts, *map(str, files))
+
+
+def finish(handlers: Iterable[object], *files: str | Path) -> None:
+    """Have the trackers among `handlers` record files, and end their runs, which MONAI leaves open in scoring."""
+    for handler in _trackers(handlers):
+        handler.artifacts = tuple(map(str, files))
+        handler.complete()
+        handler.close()
+
+
+def _trackers(handlers: Iterable[object]) -> list[MLFlowHandler]:
+    return [handler for handler in handlers if isinstance(handler, MLFlowHandler)]
