@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.handlers import MLFlowHandler, StatsHandler, TensorBoardStatsHandler, from_engine
 
