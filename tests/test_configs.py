@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import os
 import json
+import os
 import re
+import subprocess
+import sys
 
 import monai
 import numpy as np

@@ -122,7 +122,7 @@ def prepare(config: ConfigParser | None = None, change: Callable[[ConfigParser],
 
 
 def _imports_came_too_early(config: ConfigParser) -> bool:
-    """Tell whether an import of the configuration failed, as all of the bundle's do before `bundle_root` is on the path.
+    """Tell whether an import of the configuration failed, as the bundle's do before `bundle_root` is on the path.
 
     MONAI makes the imports before the first step, and keeps of one that fails an object that raises when it is used.
     """

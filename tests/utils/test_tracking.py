@@ -59,7 +59,7 @@ def test_handlers_of_monai_read_the_loss_behind_those_of_this_bundle(tmp_path):
         ],
     )  # fmt: skip
     trainer.add_event_handler(
-        "iteration_completed", lambda e: losses.append(from_engine("loss", first=True)(e.state.output))
+        Events.ITERATION_COMPLETED, lambda e: losses.append(from_engine("loss", first=True)(e.state.output))
     )
     trainer.run()
     assert [float(loss) for loss in losses] == [0.25, 0.25]
