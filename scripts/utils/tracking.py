@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from monai.handlers import MLFlowHandler
+
+# MONAI's name of the executed configuration, an expression also where the output_dir that it begins with is none
+UNWRITTEN = re.compile(r"(.+) \+ '(/config_\w+\.json)'")
 
 
 def add(handlers: Iterable[object], parameters: Mapping[str, object], *files: str | Path) -> None:
     """Have the trackers among `handlers` record parameters when they start, and files that are there when they end."""
     for handler in _trackers(handlers):
         handler.experiment_param = {**(handler.experiment_param or {}), **parameters}
-        handler.artifacts = (*handler.artifacts, *map(str, files))
+        handler.artifacts = tuple(UNWRITTEN.sub(r"\1\2", str(file)) for file in (*handler.artifacts, *files) if file)
 
 
 def finish(handlers: Iterable[object], *files: str | Path) -> None:

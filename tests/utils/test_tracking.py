@@ -20,7 +20,7 @@ def tracker(**attributes) -> MLFlowHandler:
     made = object.__new__(MLFlowHandler)
     vars(made).update(
         client=mock.Mock(tracking_uri=""), cur_run=SimpleNamespace(info=SimpleNamespace(run_id="run")),
-        experiment_param=None, artifacts=("config.json", None), run_finish_status="FINISHED", **attributes,
+        experiment_param=None, artifacts=(None,), run_finish_status="FINISHED", **attributes,
     )  # fmt: skip
     return made
 
@@ -34,6 +34,17 @@ def test_settings_and_files_are_added_to_every_tracker_and_to_no_other_handler(t
     assert other.experiment_param == {"mine": 1, "spacing": [1.0, 1.0, 1.0]}
     one.complete()
     assert [call.args for call in one.client.log_artifact.call_args_list] == [("run", str(tmp_path / "report.csv"))]
+
+
+def test_the_executed_configuration_is_found_where_monai_wrote_it(tmp_path):
+    config = tmp_path / "config_20261125_181215.json"
+    config.write_text("{}")
+    for name in (f"{tmp_path} + '/{config.name}'", str(config)):
+        one = tracker()
+        one.artifacts = (name,)
+        tracking.add([one], {})
+        one.complete()
+        one.client.log_artifact.assert_called_once_with("run", str(config))
 
 
 def test_files_that_appear_after_the_engine_are_kept_and_the_run_ends(tmp_path):
