@@ -73,6 +73,6 @@ def test_handlers_of_monai_read_the_loss_behind_those_of_this_bundle(tmp_path):
         Events.ITERATION_COMPLETED, lambda e: losses.append(from_engine("loss", first=True)(e.state.output))
     )
     trainer.run()
-    assert [float(loss) for loss in losses] == [0.25, 0.25]
+    assert [float(loss.detach()) for loss in losses] == [0.25, 0.25]
     logged = [call.args[1] for call in writer.add_scalar.call_args_list]
-    assert [float(value) for value in logged] == [0.25, 0.25]
+    assert [float(torch.as_tensor(value).detach()) for value in logged] == [0.25, 0.25]
