@@ -19,10 +19,10 @@ def add(handlers: Iterable[object], parameters: Mapping[str, object], *files: st
         handler.artifacts = tuple(UNWRITTEN.sub(r"\1\2", str(file)) for file in (*handler.artifacts, *files) if file)
 
 
-def finish(handlers: Iterable[object], *files: str | Path) -> None:
-    """Have the trackers among `handlers` record files, and end their runs, which MONAI leaves open in scoring."""
+def finish(handlers: Iterable[object], folder: str | Path, *names: str) -> None:
+    """Have the trackers among `handlers` record files of a folder, and end their runs, which MONAI leaves open."""
     for handler in _trackers(handlers):
-        handler.artifacts = tuple(map(str, files))
+        handler.artifacts = tuple(str(Path(folder, name)) for name in names)
         handler.complete()
         handler.close()
 

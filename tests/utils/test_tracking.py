@@ -50,7 +50,7 @@ def test_the_executed_configuration_is_found_where_monai_wrote_it(tmp_path):
 def test_files_that_appear_after_the_engine_are_kept_and_the_run_ends(tmp_path):
     (tmp_path / "report.html").write_text("")
     one = tracker()
-    tracking.finish([StatsHandler(), one], tmp_path / "report.html")
+    tracking.finish([StatsHandler(), one], tmp_path, "report.html")
     one.client.log_artifact.assert_called_once_with("run", str(tmp_path / "report.html"))
     one.client.set_terminated.assert_called_once_with("run", "FINISHED")
     assert one.cur_run is None
