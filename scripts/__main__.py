@@ -32,6 +32,7 @@ COMMANDS = {  # name -> module, function, what it does
         "weights of MIC-DKFZ/MedNeXt or MONAI to this bundle and back",
     ),
     "extend_folds": ("data.extend_folds", "extend_folds", "keep the folds of a data set that gets more cases"),
+    "export_network": ("weights.programs", "export_network", "a network as TorchScript, torch.export or ONNX program"),
     "convert_dataset": ("data.convert", "convert_layout", "a Decathlon folder to an nnU-Net v2 folder and back"),
     "benchmark_cpu": ("benchmarks.cpu", "bench", "time this network beside others on this CPU"),
     "benchmark_gpu": ("benchmarks.gpu", "bench", "time this network beside others on this GPU, and tune its kernels"),

@@ -142,6 +142,7 @@ class MedNeXt(nn.Module):
         )
         self.axes = 2 if dim == "2d" else 3
         self.do_ds = deep_supervision
+        self.coarse_in_eval = False
         self.kernels = kernels
         self.norms_over_space = norm_type == "group"
         self.step = 2**LEVELS  # sides are padded to a multiple of it
@@ -174,7 +175,7 @@ class MedNeXt(nn.Module):
                 f"the input has {size} voxels; at least one side must be over {step},"
                 " or the coarsest level is one voxel, which its norm would set to zero. Pad it or use larger patches."
             )
-        missing = [-n % step for n in size]
+        missing = [(n + step - 1) // step * step - n for n in size]
         if exporting() or max(missing) > 0:  # an exported graph has no branches: it always pads
             pad: list[int] = []
             for m in missing:  # F.pad counts axes from the last one
@@ -199,11 +200,11 @@ class MedNeXt(nn.Module):
 
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             TUNER.say()
-        logits = _crop(self.out_0(x0), size)  # (N, n_classes, D, H, W)
-        if not torch.jit.is_scripting() and self.do_ds and self.training:
+        logits = crop(self.out_0(x0), size)  # (N, n_classes, D, H, W)
+        if not torch.jit.is_scripting() and self.do_ds and (self.training or self.coarse_in_eval):
             coarse = (self.out_1(y1), self.out_2(y2), self.out_3(y3), self.out_4(y4))
             sizes = ([-(-n // 2**level) for n in size] for level in range(1, LEVELS + 1))
-            return [logits] + [_crop(y, s) for y, s in zip(coarse, sizes, strict=True)]
+            return [logits] + [crop(y, s) for y, s in zip(coarse, sizes, strict=True)]
         return logits
 
 
@@ -295,7 +296,8 @@ class _Parts:
         return block
 
 
-def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
+def crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Keep the first so many voxels of each spatial axis."""
     for axis, n in enumerate(size):
         x = x.narrow(axis + 2, 0, n)
     return x

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import monai
 import numpy as np
@@ -128,9 +131,50 @@ def test_expressions_are_short_and_files_are_self_contained(path):
 
 
 def test_several_processes_begin_as_one_does_once_they_are_connected():
-    first, *rest = read("train")["initialize"]
-    start = "$devices.start_distributed(@patience_minutes)"
-    assert read("multi_gpu_train")["initialize"] == [first, start, *rest]
+    steps, start = read("train")["initialize"], "$devices.start_distributed(@patience_minutes)"
+    prepared = 1 + next(n for n, step in enumerate(steps) if "scripts.utils.settings.prepare" in str(step))
+    assert read("multi_gpu_train")["initialize"] == [*steps[:prepared], start, *steps[prepared:]]
+
+
+FIRST = [  # the path, or a sentence, then the settings
+    "$sys.path.insert(1, str(@bundle_root))",
+    "$find_spec('scripts') or sys.exit('error: give the bundle as --bundle_root')",
+]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_beginning_finds_the_bundle_first(path):
+    steps = json.loads(path.read_text()).get("initialize")
+    assert steps is None or (steps[:2] == FIRST and steps[2]["_target_"] == "scripts.utils.settings.prepare")
+
+
+ELSEWHERE = """
+import sys
+from monai.bundle import ConfigWorkflow
+root, output = sys.argv[1:]
+def begin(**given):
+    made = ConfigWorkflow(config_file=f"{root}/configs/inference.json", workflow_type="inference", **given)
+    made.initialize()
+    return made
+try:
+    begin()
+except SystemExit as e:
+    print(e)
+made = begin(bundle_root=root, output_dir=output, overlap="0.25")
+print(made.parser.get_parsed_content("overlap"), made.parser.get_parsed_content("labels").names)
+made.finalize()
+"""
+
+
+def test_a_command_from_elsewhere_asks_for_the_bundle_s_place_and_runs_with_it(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(ROOT), str(tmp_path / "eval")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith(("error", "0.25"))]
+    assert said == ["error: give the bundle as --bundle_root", "0.25 ['background', 'Anterior', 'Posterior']"]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():

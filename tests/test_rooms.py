@@ -23,10 +23,11 @@ ROOMS = {  # from the ground up: room -> the rooms below that it may import; uti
     "training": {"utils", "kernels", "mednext", "weights", "data", "preprocessing"},
     "evaluation": {"utils", "weights", "data", "preprocessing", "inference"},
     "publishing": {"utils", "mednext", "weights", "data", "evaluation"},
+    "nnunet_mednext": {"blocks", "mednext", "weights"},  # the original's names
     "__init__": {"blocks", "mednext", "weights"},  # what the wheel offers
     "__main__": {"utils"},  # the table of commands, which it imports by name
 }
-ROOMS["benchmarks"] = {*ROOMS} - {"__init__", "__main__"}
+ROOMS["benchmarks"] = {*ROOMS} - {"nnunet_mednext", "__init__", "__main__"}
 
 
 class Import(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import ensure_tuple
+from monai.utils import convert_data_type, ensure_tuple
 
 from ..data.checks import check_image, check_same_grid
 from ..data.geometry import Geometry
@@ -23,7 +23,7 @@ class LoadScand(MapTransform):
     """Loads scans as MONAI's LoadImaged does: (channels, X, Y, Z) float32, with the case's id in the metadata.
 
     It is none of these, into whose inner parts hosts reach. What is a tensor or an array already, as a host may give
-    it, passes.
+    it, becomes float32, and gets the axis of its one channel where its three axes are those of space.
 
     Args:
         keys: files, or lists of files with a channel each.
@@ -37,8 +37,11 @@ class LoadScand(MapTransform):
         """
         out = dict(data)
         for key in self.key_iterator(out):
-            if not isinstance(out[key], np.ndarray | torch.Tensor):
-                out[key] = load_scan(out[key], data.get(CASE))
+            given = out[key]
+            if isinstance(given, np.ndarray | torch.Tensor):
+                out[key] = convert_data_type(given if given.ndim != 3 else given[None], dtype=torch.float32)[0]
+            else:
+                out[key] = load_scan(given, data.get(CASE))
         return out
 
 

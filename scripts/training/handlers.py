@@ -56,6 +56,21 @@ class GradientClipping:
         state.gradient_norm = torch.nn.utils.clip_grad_norm_(engine.network.parameters(), self.max_norm)
 
 
+class StockOutput:
+    """Makes of a step's output what MONAI's own handlers read, a list of dictionaries, for the handlers behind it.
+
+    The handlers of this bundle stand before it and read the step's dictionary; trackers that MONAI or a user appends to
+    the list stand behind it.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state: Any = engine.state
+        state.output = [state.output]
+
+
 class Progress(ProgressBar):
     """Ignite's progress bar, in the first process only and gone when the epoch is."""
 

@@ -35,6 +35,7 @@ class TrainingLog:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self.files = (self.folder / "progress.csv", self.folder / "progress.png")
         self.rows: list[dict[str, float]] = []
         self.writer: SummaryWriter | None = None
 
@@ -42,7 +43,7 @@ class TrainingLog:
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         """Add `values`, which have TensorBoard's names ("train/loss"), to the row of `epoch`, counted from 1."""
         if self.writer is None:
-            self.rows = [row for row in read_log(self.folder / "progress.csv") if row["epoch"] < epoch]
+            self.rows = [row for row in read_log(self.files[0]) if row["epoch"] < epoch]
             self.writer = SummaryWriter(self.folder, purge_step=epoch)
         if not self.rows or self.rows[-1]["epoch"] < epoch:
             self.rows.append({"epoch": epoch})
@@ -62,8 +63,8 @@ class TrainingLog:
         assert self.writer is not None, "numbers come first"
         self.writer.flush()
         columns = dict.fromkeys(name for row in self.rows for name in row)
-        write_table(self.folder / "progress.csv", list(columns), self.rows)
-        write_whole(self.folder / "progress.png", lambda partial: draw_log(self.rows, partial))
+        write_table(self.files[0], list(columns), self.rows)
+        write_whole(self.files[1], lambda partial: draw_log(self.rows, partial))
 
 
 class WriteTrainingLog:

@@ -8,7 +8,11 @@ from types import ModuleType
 
 from .errors import UserError
 
-EXTRAS = {"itk": ["SimpleITK"], "dicom": ["pydicom", "highdicom", "SimpleITK"]}  # of pyproject.toml
+EXTRAS = {
+    "itk": ["SimpleITK"],
+    "dicom": ["pydicom", "highdicom", "SimpleITK"],
+    "onnx": ["onnx", "onnxscript"],
+}  # of pyproject.toml
 PROJECT = "mednext-bundle"
 
 

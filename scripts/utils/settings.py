@@ -108,7 +108,7 @@ def prepare(config: ConfigParser | None = None, change: Callable[[ConfigParser],
     done = {  # the steps before this one are not to be taken twice
         step: made for step, made in config.ref_resolver.resolved_content.items() if step.startswith("initialize::")
     }
-    changed = _accept_old_names(config)
+    changed = _accept_old_names(config) or _imports_came_too_early(config)
     started = [name for w in _callers(ConfigWorkflow) for name in (w.init_id, w.run_id, w.final_id) if name]
     refuse_unknown(config, RENAMED, started)
     if change is not None and change(config):
@@ -119,6 +119,15 @@ def prepare(config: ConfigParser | None = None, change: Callable[[ConfigParser],
     if _read(config, worked_out=True):
         _parse_again(config, done)
     _check_dimension(config)
+
+
+def _imports_came_too_early(config: ConfigParser) -> bool:
+    """Tell whether an import of the configuration failed, as the bundle's do before `bundle_root` is on the path.
+
+    MONAI makes the imports before the first step, and keeps of one that fails an object that raises when it is used.
+    """
+    made = config.ref_resolver.resolved_content
+    return any(type(made[name]).__name__ == "_LazyRaise" for name in made if name.startswith("imports::"))
 
 
 def _parse_again(config: ConfigParser, done: Mapping[str, Any]) -> None:

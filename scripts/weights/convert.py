@@ -58,7 +58,7 @@ def convert_weights(
     _check_target(to, target)
     check_writable(Path(target).parent)
     weights = read_weights(source)
-    state, found = weights.state, _recognise(weights.state, source)
+    state, found = weights.state, recognise(weights.state, source)
     print(f"{source}: {found}; names of {FORMATS[weights.format]}")
     print(
         "not told by a file, taken as published: norm over space, residual blocks"
@@ -105,7 +105,12 @@ def _check_target(to: str, target: str) -> None:
         raise UserError(f"{target} is the name of a settings file; give the weights another ending, for example .pt.")
 
 
-def _recognise(state: State, source: str) -> Architecture:
+def recognise(state: State, source: str) -> Architecture:
+    """Say what network weights belong to; `source` names them in the message.
+
+    Raises:
+        UserError: no MedNeXt, or none that can be built.
+    """
     found = Architecture.of(shapes(state))
     if found is None:
         raise UserError(f"{source} holds {describe(shapes(state))}.")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GRIDS, grid, save
+from monai.data import MetaTensor
 from monai.transforms import LoadImage
 
 from scripts.preprocessing.cache import CachedDataset
@@ -102,3 +103,19 @@ def test_cases_that_share_a_cache_entry_keep_their_ids(tmp_path):
     cached = CachedDataset(cases, [[LoadScand("image")]], str(tmp_path / "cache"), [1] * 3)
     assert [cached[index]["image"].meta["case"] for index in range(3)] == ["a", "b.c", "b.c"]
     assert len(list((tmp_path / "cache").glob("*/*.pt"))) == 1
+
+
+@pytest.mark.parametrize("given", [torch.ones(4, 5, 6, dtype=torch.int16), np.ones((4, 5, 6), np.uint8)], ids=type)
+def test_voxels_in_memory_get_the_axis_of_their_one_channel(given):
+    for image in (given, given[None]):
+        found = LoadScand("image")({"image": image})["image"]
+        assert type(found) is type(given)
+        assert tuple(found.shape) == (1, 4, 5, 6)
+        assert str(found.dtype).endswith("float32")
+
+
+def test_an_image_in_memory_keeps_its_place():
+    image = MetaTensor(torch.ones(4, 5, 6), affine=np.diag([1.0, 2, 3, 1]), meta={"original_channel_dim": "no_channel"})
+    found = LoadScand("image")({"image": image})["image"]
+    assert found.shape == (1, 4, 5, 6)
+    assert found.pixdim.tolist() == [1, 2, 3]

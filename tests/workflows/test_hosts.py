@@ -17,9 +17,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import CACHE, COARSE, ROOT, TINY, bundle, overlays, python_m
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
+from monai.transforms import Compose
+from monai.utils import ensure_tuple
 
 from scripts.data.datasets import Dataset
 from scripts.data.phantom import phantom
@@ -181,6 +185,29 @@ def test_a_federated_client_evaluates_and_trains_in_three_rounds(data, tmp_path)
         c.finalize()
     assert len(list((tmp_path / "one/models/previous").iterdir())) == 1
     assert not (tmp_path / "other/models/previous").exists()
+
+
+def test_a_scan_in_memory_as_monai_deploy_gives_it_has_the_mask_of_the_command(own, data, tmp_path):
+    scan = Dataset(data).cases[0]["image"]
+    config = ConfigParser()
+    config.read_config(str(ROOT / "configs/inference.json"))
+    config["ckpt_dir"] = str(own / "models")
+    config.parse()
+    before, after = (  # what MonaiBundleInferenceOperator leaves of the two
+        Compose(
+            [t for t in config.get_parsed_content(name).transforms if not re.search("(Load|Save)Image", str(type(t)))]
+        )
+        for name in ("preprocessing", "postprocessing")
+    )
+    loaded = nib.load(scan)
+    meta = {"original_channel_dim": "no_channel", "affine": loaded.affine, "original_affine": loaded.affine}
+    case = before({"image": MetaTensor.ensure_torch_and_prune_meta(np.asarray(loaded.dataobj), meta)})
+    network = config.get_parsed_content("network").eval()
+    network.load_state_dict(torch.load(own / "models/model.pt", weights_only=True))
+    with torch.no_grad():
+        scores = config.get_parsed_content("inferer")(inputs=case["image"][None], network=network)
+    mask = after({"pred": ensure_tuple(scores)[0], **case})["pred"]
+    assert np.array_equal(mask[0].numpy(), mask_of_the_command(own, scan, tmp_path))
 
 
 def test_the_four_commands_of_the_readme_lead_to_a_mask_in_monai_label(data, tmp_path):
