@@ -124,7 +124,7 @@ def _default_name(data: Dataset | None) -> str:
 
 
 def _places(folder: Path, name: str, version: str, weights: Path) -> tuple[Path, Path]:
-    """Name the folder and the archive; a folder of these weights may be there, if a killed run left it without the other.
+    """Name the folder and the archive; a killed run may have left a folder of these weights without its archive.
 
     Raises:
         UserError: they cannot have that name or version, or are there already.
