@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
@@ -16,13 +15,13 @@ from ..data.datasets import Dataset
 from ..data.folds import SPLITS, Fold
 from ..data.scans import mask_file
 from ..utils.errors import UserError
-from ..utils.files import check_writable, copy_file, remembered
+from ..utils.files import check_writable, copy_file
 from ..utils.ownership import alone, owned
 from ..utils.settings import give, prepare
 from ..utils.signals import run_child
 from ..weights.checkpoint_pair import newest
 from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
-from .tables import with_nan, write_tables
+from .tables import read_summary, with_nan, write_tables
 
 TRAIN = "configs/train.json"
 
@@ -127,7 +126,10 @@ def _epochs_done(weights: str) -> int:
 
 def _scores(folder: str) -> list[dict]:
     """Return the scored cases of a fold; none where there is no table, or only a part of one."""
-    return remembered(Path(folder, "summary.json")).get("cases") or []
+    try:
+        return read_summary(folder)["cases"]
+    except UserError:
+        return []
 
 
 def _config(files: Sequence[str], values: Mapping[str, Any]) -> ConfigParser:
@@ -188,7 +190,7 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
     rows: list[dict[str, Any]] = []
     scored_by: dict[str, Path] = {}
     for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
-        for row in json.loads((folder / "summary.json").read_text())["cases"]:
+        for row in read_summary(folder)["cases"]:
             first = scored_by.setdefault(row["case"], folder)
             if first != folder:
                 raise UserError(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.files import write_table, write_text
+from ..utils.errors import UserError
+from ..utils.files import remembered, write_table, write_text
 from .lesions import COUNTS
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}  # columns of the tables -> what a person reads
@@ -50,6 +51,33 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
                 entry["found_lesions"], entry["reference_lesions"], entry["false_lesions"],
             )  # fmt: skip
     logger.info("scores are in %s", folder)
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """Read `summary.json` as `write_tables` wrote it.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = Path(folder) / "summary.json"
+    found = remembered(path)
+    tables = [found.get(name) for name in ("cases", "summary")]
+    rows = [row for table in tables for row in (table if isinstance(table, list) and table else [None])]
+    if not (isinstance(found.get("nsd_tolerance_mm"), int | float) and all(map(_is_row, rows))):
+        raise UserError(f"{path} is no summary of an evaluation; evaluate again, or give the folder of one.")
+    return found
+
+
+def _is_row(row: object) -> bool:
+    """Say whether a row is one of those that `write_tables` writes: texts, and scores by their names."""
+    if not isinstance(row, dict) or not isinstance(row.get("label"), str) or not METRICS.keys() <= row.keys():
+        return False
+    texts = ("case", "label")
+    return all(isinstance(v, str) if name in texts else _is_score(v) for name, v in row.items())
+
+
+def _is_score(value: object) -> bool:
+    return value is None or value == "inf" or isinstance(value, int | float)
 
 
 def metrics_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

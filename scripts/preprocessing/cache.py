@@ -223,10 +223,13 @@ class _Entry:
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError):  # torch's reader, of what is no whole archive
             return None
-        own, values = dict(zip(found["files"], self.files, strict=True)), found["values"]
-        for key, meta in found["meta"].items():
-            name = meta.get("filename_or_obj")
-            values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
+        try:
+            own, values = dict(zip(found["files"], self.files, strict=True)), dict(found["values"])
+            for key, meta in found["meta"].items():
+                name = meta.get("filename_or_obj")
+                values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
+        except (KeyError, TypeError, ValueError, AttributeError):  # another file than `write` made
+            return None
         return values
 
     def read_intact(self) -> dict | None:

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from ..data.datasets import Dataset
+from ..evaluation.tables import read_summary
 from ..mednext import create_mednext
 from ..utils.errors import UserError
 from ..utils.files import check_writable, remembered, sha256, write_folder_whole, write_whole
@@ -157,7 +158,7 @@ def _means(scores: str | None, trained: dict) -> dict[str, float]:
     """Give the mean scores of an evaluation, or the Dice that the training measured."""
     if scores is None:
         return {"mean_dice": trained["dice"]} if "dice" in trained else {}
-    mean = json.loads(Path(scores, "summary.json").read_text())["summary"][-1]
+    mean = read_summary(scores)["summary"][-1]
     return {f"mean_{k}": round(mean[k], 4) for k in ("dice", "nsd", "hd95_mm") if isinstance(mean[k], int | float)}
 
 

@@ -237,11 +237,17 @@ def _sync(path: Path) -> None:
 
 
 def remembered(path: Path) -> dict:
-    """Return what an earlier run left in a JSON file, or {} where there is no such file or it is damaged."""
+    """Return what an earlier run left in a JSON file, or {} where there is no such file or it is damaged.
+
+    Raises:
+        UserError: it cannot be read, as a folder of that name cannot: nor could it be written.
+    """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); move it away, or mend its permissions.") from e
     return found if isinstance(found, dict) else {}
 
 
