@@ -127,7 +127,7 @@ def _epochs_done(weights: str) -> int:
 def _scores(folder: str) -> list[dict]:
     """Return the scored cases of a fold; none where there is no table, or only a part of one."""
     try:
-        return read_summary(folder)["cases"]
+        return read_summary(folder, "cases")
     except UserError:
         return []
 
@@ -190,7 +190,7 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
     rows: list[dict[str, Any]] = []
     scored_by: dict[str, Path] = {}
     for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
-        for row in read_summary(folder)["cases"]:
+        for row in read_summary(folder, "cases"):
             first = scored_by.setdefault(row["case"], folder)
             if first != folder:
                 raise UserError(

@@ -53,17 +53,16 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
     logger.info("scores are in %s", folder)
 
 
-def read_summary(folder: str | Path) -> dict[str, Any]:
-    """Read `summary.json` as `write_tables` wrote it.
+def read_summary(folder: str | Path, part: str) -> Any:
+    """Read a part of `summary.json` as `write_tables` wrote it: "cases", "summary", or "nsd_tolerance_mm".
 
     Raises:
         UserError: it is missing or damaged.
     """
     path = Path(folder) / "summary.json"
-    found = remembered(path)
-    tables = [found.get(name) for name in ("cases", "summary")]
-    rows = [row for table in tables for row in (table if isinstance(table, list) and table else [None])]
-    if not (isinstance(found.get("nsd_tolerance_mm"), int | float) and all(map(_is_row, rows))):
+    found = remembered(path).get(part)
+    whole = isinstance(found, list) and found and all(map(_is_row, found))
+    if not (isinstance(found, int | float) if part == "nsd_tolerance_mm" else whole):
         raise UserError(f"{path} is no summary of an evaluation; evaluate again, or give the folder of one.")
     return found
 

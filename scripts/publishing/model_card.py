@@ -82,7 +82,7 @@ def _scores(
         dice = f"Dice {trained['dice']} of the held-out cases while training" if "dice" in trained else "None"
         return [f"{dice}; the weights were not evaluated by themselves."]
     summary = read_table(Path(scores, "summary.csv"))
-    tolerance = read_summary(scores)["nsd_tolerance_mm"]
+    tolerance = read_summary(scores, "nsd_tolerance_mm")
     heads = ["class", "cases", *METRICS.values()]
     rows = [[row["label"], row["cases"], *(number(row, metric) for metric in METRICS)] for row in summary]
     told = [_table(heads, rows), f"NSD at {tolerance:g} mm; every case is in [cases.csv](cases.csv)."]

@@ -158,7 +158,7 @@ def _means(scores: str | None, trained: dict) -> dict[str, float]:
     """Give the mean scores of an evaluation, or the Dice that the training measured."""
     if scores is None:
         return {"mean_dice": trained["dice"]} if "dice" in trained else {}
-    mean = read_summary(scores)["summary"][-1]
+    mean = read_summary(scores, "summary")[-1]
     return {f"mean_{k}": round(mean[k], 4) for k in ("dice", "nsd", "hd95_mm") if isinstance(mean[k], int | float)}
 
 

@@ -378,7 +378,7 @@ class Summary(Kind):
 
     def use(self) -> object:
         pool_folds(str(self.folder), ["a"], 1.0)
-        return json.dumps(read_summary(self.folder)["cases"]) if self.file.is_file() else None
+        return json.dumps(read_summary(self.folder, "cases")) if self.file.is_file() else None
 
 
 class Scores(Summary):
