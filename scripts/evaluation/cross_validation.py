@@ -191,6 +191,11 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
     scored_by: dict[str, Path] = {}
     for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
         for row in read_summary(folder, "cases"):
+            if row["label"] not in classes:
+                raise UserError(
+                    f"{folder} was scored for the class {row['label']!r}, which is none of {', '.join(classes)}; remove"
+                    " its summary.json: it is scored again."
+                )
             first = scored_by.setdefault(row["case"], folder)
             if first != folder:
                 raise UserError(

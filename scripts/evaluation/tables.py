@@ -61,18 +61,18 @@ def read_summary(folder: str | Path, part: str) -> Any:
     """
     path = Path(folder) / "summary.json"
     found = remembered(path).get(part)
-    whole = isinstance(found, list) and found and all(map(_is_row, found))
+    needed = {"label", *METRICS, *(("case", "predicted_voxels", "reference_voxels") if part == "cases" else ())}
+    whole = isinstance(found, list) and found and all(_is_row(row, needed) for row in found)
     if not (isinstance(found, int | float) if part == "nsd_tolerance_mm" else whole):
         raise UserError(f"{path} is no summary of an evaluation; evaluate again, or give the folder of one.")
     return found
 
 
-def _is_row(row: object) -> bool:
+def _is_row(row: object, needed: set[str]) -> bool:
     """Say whether a row is one of those that `write_tables` writes: texts, and scores by their names."""
-    if not isinstance(row, dict) or not isinstance(row.get("label"), str) or not METRICS.keys() <= row.keys():
+    if not isinstance(row, dict) or not (needed | set(COUNTS if "lesion_f1" in row else ())) <= row.keys():
         return False
-    texts = ("case", "label")
-    return all(isinstance(v, str) if name in texts else _is_score(v) for name, v in row.items())
+    return all(isinstance(v, str) if name in ("case", "label") else _is_score(v) for name, v in row.items())
 
 
 def _is_score(value: object) -> bool:

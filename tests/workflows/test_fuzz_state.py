@@ -561,6 +561,8 @@ FOUND: dict[str, tuple[type[Kind], Callable[[bytes], bytes]]] = {  # ended in tr
     "a log that is no text": (Progress, lambda _: b"\xff\xfe\x00"),
     "a lock that is no text": (Lock, lambda _: b"\xff\xfe"),
     "a summary without rows": (Summary, lambda _: b'{"cases": [{"case": 1}], "summary": []}'),
+    "a summary of another class": (Summary, lambda old: old.replace(b'"a"', b'"x"')),
+    "a summary without voxels": (Summary, lambda old: old.replace(b"predicted_voxels", b"voxels")),
     "steps that are no labels": (Decision, lambda old: old.replace(b"[1]", b'["x"]')),
 }
 
