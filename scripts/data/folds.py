@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_folds(folder: str | Path, names: Sequence[str]) -> list[Fold]:
             trains on, or trains on none.
     """
     path = Path(folder) / SPLITS
-    if not path.is_file():
+    if not os.path.lexists(path):
         return five_folds(names)
     found = read_json(path)
     if not isinstance(found, list) or not found:

@@ -17,14 +17,14 @@ from ..data.folds import SPLITS, Fold
 from ..data.scans import mask_file
 from ..inference.export import MaskLayout
 from ..utils.errors import UserError
-from ..utils.files import check_writable, copy_file, remembered, write_text
+from ..utils.files import check_writable, copy_file, write_text
 from ..utils.ownership import alone, owned
 from ..utils.settings import give, prepare
 from ..utils.settings_table import SETTINGS
 from ..utils.signals import run_child
 from ..weights.checkpoint_pair import newest
 from ..weights.model_settings import BUNDLE_ROOT, read_model_settings
-from .tables import with_nan, write_tables
+from .tables import read_summary, with_nan, write_tables
 
 TRAIN = "configs/train.json"
 RECORD = "cross_validation.json"  # in output_dir: where the weights are, and how they were scored
@@ -150,7 +150,10 @@ def _epochs_done(weights: str) -> int:
 
 def _scores(folder: str) -> list[dict]:
     """Return the scored cases of a fold; none where there is no table, or only a part of one."""
-    return remembered(Path(folder, "summary.json")).get("cases") or []
+    try:
+        return read_summary(folder, "cases")
+    except UserError:
+        return []
 
 
 def _config(files: Sequence[str], values: Mapping[str, Any]) -> ConfigParser:
@@ -211,7 +214,12 @@ def pool_folds(output_dir: str, classes: Sequence[str], tolerance: float) -> Non
     rows: list[dict[str, Any]] = []
     scored_by: dict[str, Path] = {}
     for folder in sorted(Path(output_dir).glob("fold_*"), key=lambda path: int(path.name[5:])):
-        for row in json.loads((folder / "summary.json").read_text())["cases"]:
+        for row in read_summary(folder, "cases"):
+            if row["label"] not in classes:
+                raise UserError(
+                    f"{folder} was scored for the class {row['label']!r}, which is none of {', '.join(classes)}; remove"
+                    " its summary.json: it is scored again."
+                )
             first = scored_by.setdefault(row["case"], folder)
             if first != folder:
                 raise UserError(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.files import write_table, write_text
+from ..utils.errors import UserError
+from ..utils.files import remembered, write_table, write_text
 from .lesions import COUNTS
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}  # columns of the tables -> what a person reads
@@ -50,6 +51,32 @@ def write_tables(folder: str | Path, rows: Sequence[dict], names: Sequence[str],
                 entry["found_lesions"], entry["reference_lesions"], entry["false_lesions"],
             )  # fmt: skip
     logger.info("scores are in %s", folder)
+
+
+def read_summary(folder: str | Path, part: str) -> Any:
+    """Read a part of `summary.json` as `write_tables` wrote it: "cases", "summary", or "nsd_tolerance_mm".
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = Path(folder) / "summary.json"
+    found = remembered(path).get(part)
+    needed = {"label", *METRICS, *(("case", "predicted_voxels", "reference_voxels") if part == "cases" else ())}
+    whole = isinstance(found, list) and found and all(_is_row(row, needed) for row in found)
+    if not (isinstance(found, int | float) if part == "nsd_tolerance_mm" else whole):
+        raise UserError(f"{path} is no summary of an evaluation; evaluate again, or give the folder of one.")
+    return found
+
+
+def _is_row(row: object, needed: set[str]) -> bool:
+    """Say whether a row is one of those that `write_tables` writes: texts, and scores by their names."""
+    if not isinstance(row, dict) or not (needed | set(COUNTS if "lesion_f1" in row else ())) <= row.keys():
+        return False
+    return all(isinstance(v, str) if name in ("case", "label") else _is_score(v) for name, v in row.items())
+
+
+def _is_score(value: object) -> bool:
+    return value is None or value == "inf" or isinstance(value, int | float)
 
 
 def metrics_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

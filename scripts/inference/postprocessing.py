@@ -6,6 +6,8 @@ The decision lies beside the weights; `evaluation.postprocessing_search` makes i
 from __future__ import annotations
 
 import json
+import operator
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def postprocessing_file(weights: str | Path, wanted: bool = True) -> str | None:
     if not wanted:
         return None
     path = Path(weights).with_name("postprocessing.json")
-    return str(path) if path.is_file() else None
+    return str(path) if os.path.lexists(path) else None
 
 
 def read_steps(path: str | None, labels: Sequence[str] | None) -> list[list[int]]:
@@ -61,8 +63,8 @@ def read_steps(path: str | None, labels: Sequence[str] | None) -> list[list[int]
         raise UserError(f"{path} not found; give another --postprocessing_file, or none for no post-processing.")
     try:
         content = json.loads(Path(path).read_text())
-        decided, steps = content["labels"], list(content["steps"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        decided, steps = content["labels"], [[operator.index(label) for label in s] for s in content["steps"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is not a post-processing decision ({e!r}); decide again, or delete it.") from e
     if labels is None or decided != list(labels):
         names = "no labels" if labels is None else f"the labels {list(labels)}"

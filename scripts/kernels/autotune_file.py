@@ -61,7 +61,7 @@ def read(facts: Mapping[str, str]) -> Results:
     """Return what is known of a machine; whatever else is in its file is as if it were not there."""
     try:
         blocks = remembered(file_for(facts)).get("blocks")
-    except OSError:
+    except (OSError, UserError):
         return {}
     if not isinstance(blocks, dict):
         return {}

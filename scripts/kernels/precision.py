@@ -56,7 +56,7 @@ def _measured() -> tuple[bool, str]:
         key = hashlib.sha256(native.processor() + torch.__version__.encode()).hexdigest()[:16]
         file = native.cache() / f"bfloat16-{key}.json"
         ratios = remembered(file).get("ratios", [])
-    except OSError:
+    except (OSError, UserError):
         file, ratios = None, []
     if _decided(ratios) is None or _decided(ratios) != (time_pair() < WORTH):
         ratios = []
@@ -76,7 +76,11 @@ def _decided(ratios: object) -> bool | None:
 
     Fewer than FEWEST_PAIRS say nothing, nor does what is no list of times.
     """
-    if not isinstance(ratios, list) or len(ratios) < FEWEST_PAIRS or not all(isinstance(r, float) for r in ratios):
+    if (
+        not isinstance(ratios, list)
+        or len(ratios) < FEWEST_PAIRS
+        or not all(isinstance(r, float) and 0 < r < 1e3 for r in ratios)
+    ):
         return None
     low, _, high = statistics.quantiles(ratios, n=4)
     return None if low < WORTH <= high else high < WORTH

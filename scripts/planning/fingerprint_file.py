@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -52,7 +53,7 @@ def fingerprint_cases(cases: Sequence[dict], channels: int, labels: Labels, fing
 def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path) -> list[dict]:
     known = remembered(path)
     signatures = {case["label"]: _signature(case, channels, labels) for case in cases}
-    pending = [case for case in cases if known.get(case["label"], {}).get("signature") != signatures[case["label"]]]
+    pending = [case for case in cases if not _is_whole(known.get(case["label"]), signatures[case["label"]])]
 
     def attempt(case: dict) -> tuple[dict, dict]:
         try:
@@ -70,7 +71,7 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
             # a fault is not remembered: it may have been the disk's or the network's
             signature = None if "error" in record else signatures[case["label"]]
             names = {"case": case["case"], "file": image_files(case)[0], "signature": signature}
-            known[case["label"]] = names | record
+            known[case["label"]] = names | record | {"sum": _sum(names | record)}
             if time.monotonic() - saved > SAVE_EVERY:
                 _remember(known, path)
                 saved = time.monotonic()
@@ -79,6 +80,16 @@ def _read_cases(cases: Sequence[dict], channels: int, labels: Labels, path: Path
         if pending:
             _remember(known, path)
     return [known[case["label"]] for case in cases]
+
+
+def _is_whole(record: object, signature: list) -> bool:
+    """Say whether a record is of these files, and holds what was measured of them."""
+    return isinstance(record, dict) and record.get("signature") == signature and record.get("sum") == _sum(record)
+
+
+def _sum(record: dict) -> str:
+    content = {name: value for name, value in record.items() if name != "sum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _remember(known: dict, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -12,12 +14,16 @@ from torch import nn
 from ..blocks import MedNeXtBlock
 from ..kernels.precision import CpuPrecision
 from ..mednext import MedNeXt, create_mednext
+from ..utils.device import free_memory, total_memory
 from ..utils.errors import UserError
 
 RESTING_BYTES, GRADIENT_BYTES = 12, 4  # a float32 parameter with AdamW's two moments; its gradient, made in backward
 MARGIN = 1.2  # of what is kept for the backward pass: what a layer needs while it computes
 CPU_MARGIN = 1.45  # the same with a CPU's kernels, measured: docs/benchmarks/training-peak_2-core-cpu_2026-11-25.md
+PROCESS = 1e9  # bytes of Python with its libraries, and of what a training holds besides its steps
 SMALL = 32  # voxels along each edge of the patch that is computed on a CPU in order to count
+
+logger = logging.getLogger("mednext")
 
 
 class Network(NamedTuple):
@@ -87,10 +93,50 @@ def cpu_step_bytes(
 
     The arguments are those of `step_bytes`, and `cpu_precision` as for `CpuPrecision`.
     """
-    built, image = network.build(style), torch.zeros(1, network.channels, *[SMALL] * 3)
+    return _cpu_bytes(network.build(style), network.channels, patch, batch, cpu_precision)
+
+
+def _cpu_bytes(network: MedNeXt, channels: int, patch: Sequence[int], batch: int, cpu_precision: str) -> float:
+    image = torch.zeros(1, channels, *[SMALL] * network.axes)
     with CpuPrecision(cpu_precision).autocast(image.device):
-        kept = kept_bytes(built, image) + recomputed_bytes(built, image)
-    return _peak(built, CPU_MARGIN * batch * kept * math.prod(patch) / SMALL**3)
+        kept = kept_bytes(network, image) + recomputed_bytes(network, image)
+    return _peak(network, CPU_MARGIN * batch * kept * math.prod(patch) / SMALL**network.axes)
+
+
+def check_memory(
+    network: nn.Module,
+    channels: int,
+    patch_size: Sequence[int],
+    batch_size: int,
+    device: str | torch.device,
+    cpu_precision: str = "auto",
+) -> None:
+    """Say what a training on this CPU takes of memory, before it starts; a GPU's memory and other networks pass.
+
+    Args:
+        network: that is trained.
+        channels: of an image.
+        patch_size: voxels of a patch.
+        batch_size: patches in a step.
+        device: that trains.
+        cpu_precision: see `CpuPrecision`.
+
+    Raises:
+        UserError: this computer has less.
+    """
+    if torch.device(device).type != "cpu" or not isinstance(network, MedNeXt):
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    step = _cpu_bytes(network, channels, patch_size, batch_size, cpu_precision)
+    needed, memory = processes * (PROCESS + step), total_memory()
+    said = f"{batch_size} patches of {list(patch_size)} voxels in a step take about {needed / 1e9:.2g} GB of memory"
+    if needed > memory:
+        raise UserError(
+            f"{said}, of which this computer has {memory / 1e9:.3g}: give a smaller --batch_size or --patch_size, or"
+            " --network_def#checkpoint_style block, or use a larger computer."
+        )
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("%s; %.3g GB are free", said, free_memory() / 1e9)
 
 
 def _peak(network: nn.Module, kept: float) -> float:

@@ -160,7 +160,7 @@ def write_plan(
         raise UserError(told([fault for _, fault in faults], len(usable)))
     overlay = plan_training(data, usable, spacing, size, kernel_size, memory_gb)
     text = json.dumps(overlay, indent=4) + "\n"
-    if path.exists() and path.read_text() != text:
+    if path.exists() and (path.is_dir() or path.read_bytes() != text.encode()):
         raise UserError(f"{path} exists and is another plan; move it, or give another --output.")
     found = dataset_fingerprint(usable)
     write_text(path.with_name("fingerprint.json"), json.dumps(found, indent=4) + "\n")

@@ -40,7 +40,7 @@ from ..data.scans import case_id, image_files, named_cases
 from ..utils.device import cpu_cores, free_memory
 from ..utils.errors import UserError, first_cause
 from ..utils.files import is_intact, remembered, write_text, write_whole
-from .cache_key import description, digest, image_digest, versions
+from .cache_key import description, digest, image_digest, is_digested, versions
 from .loading import CASE
 
 logger = logging.getLogger("mednext")
@@ -92,7 +92,8 @@ class CachedDataset(Dataset):
         known = dict(before)
         order = list(range(len(self.data)))
         random.Random(os.getpid()).shuffle(order)
-        threads, torch_threads = thread_count(self.data, self.spacing), torch.get_num_threads()
+        missing = [case for case in self.data if not self._is_there(case, known)]
+        threads, torch_threads = thread_count(missing, self.spacing), torch.get_num_threads()
         torch.set_num_threads(1)  # the cases are what runs in parallel; and sums come out the same on every machine
         pool = ThreadPoolExecutor(threads)
         try:
@@ -117,13 +118,23 @@ class CachedDataset(Dataset):
         results: dict[str, object] = {}
         for stage in self.stages:
             inputs = stage.inputs(case)
-            entry = _Entry(stage.folder / f"{digest(_content(inputs, known))[:16]}.pt", _files(inputs))
+            entry = stage.entry(inputs, known)
             if (found := entry.read_intact()) is None:
                 entry.write(_outcome(stage, inputs | results, entry.files))
                 found = entry.read_existing()
             results |= found
             entries.append(entry)
         return entries
+
+    def _is_there(self, case: dict, known: dict) -> bool:
+        """Say whether there are results of a case, without reading its files."""
+        inputs = [stage.inputs(case) for stage in self.stages]
+        if not all(
+            os.path.exists(file) and is_digested(file, known) for of_stage in inputs for file in _files(of_stage)
+        ):
+            return False
+        entries = [stage.entry(i, known) for stage, i in zip(self.stages, inputs, strict=True)]
+        return all(entry.path.is_file() for entry in entries)
 
     def cached(self, index: int) -> dict:
         """Return case `index` after all stages; its tensors are mapped from disk and become real where they are read.
@@ -164,6 +175,9 @@ class _Stage:
 
     def inputs(self, case: dict) -> dict:
         return {k: v for k, v in case.items() if self.keys is None or k in self.keys}
+
+    def entry(self, inputs: dict, known: dict) -> _Entry:
+        return _Entry(self.folder / f"{digest(_content(inputs, known))[:16]}.pt", _files(inputs))
 
 
 def _stages(lists: Sequence[Sequence], folder: Path) -> list[_Stage]:
@@ -223,10 +237,13 @@ class _Entry:
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError):  # torch's reader, of what is no whole archive
             return None
-        own, values = dict(zip(found["files"], self.files, strict=True)), found["values"]
-        for key, meta in found["meta"].items():
-            name = meta.get("filename_or_obj")
-            values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
+        try:
+            own, values = dict(zip(found["files"], self.files, strict=True)), dict(found["values"])
+            for key, meta in found["meta"].items():
+                name = meta.get("filename_or_obj")
+                values[key] = MetaTensor(values[key], meta=meta | {"filename_or_obj": own.get(name, name)})
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):  # another file than `write` made
+            return None
         return values
 
     def read_intact(self) -> dict | None:

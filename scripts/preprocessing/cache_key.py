@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import threading
 import types
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from ..data.images import parts
 from ..utils.files import sha256
 from .definition import LIBRARIES, definitions, is_library
 
+SHA256 = re.compile(r"\['[0-9a-f]{64}'\]")  # alone in a list
 CACHE_VERSION = 1  # raised by hand where results must be made anew although no definition has changed
 
 
@@ -93,11 +95,25 @@ def digest(content: object) -> str:
 
 def file_digest(path: str, known: dict) -> str:
     """Compute the sha256 of a file; `known` remembers it for as long as size and time stay."""
-    state = Path(path).stat()
-    signature, name = [state.st_size, state.st_mtime_ns], str(Path(path).resolve())
-    if known.get(name, [])[:2] != signature:
+    name, signature = _state(path)
+    if not _is_known(known.get(name), signature):
         known[name] = [*signature, sha256(path)]
     return known[name][2]
+
+
+def is_digested(path: str, known: dict) -> bool:
+    """Say whether `known` remembers the digest of an image, so that nothing of it has to be read."""
+    states = map(_state, parts(path))
+    return all(_is_known(known.get(name), signature) for name, signature in states)
+
+
+def _state(path: str) -> tuple[str, list[int]]:
+    state = Path(path).stat()
+    return str(Path(path).resolve()), [state.st_size, state.st_mtime_ns]
+
+
+def _is_known(before: object, signature: list[int]) -> bool:
+    return isinstance(before, list) and before[:2] == signature and bool(SHA256.fullmatch(str(before[2:])))
 
 
 def image_digest(path: str, known: dict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from string import Template
 from ..data.datasets import Dataset, GivenCases
 from ..data.scans import mask_file
 from ..evaluation.report import READING, draw_case, mean_dice, notable_cases, number
-from ..evaluation.tables import METRICS
+from ..evaluation.tables import METRICS, read_summary
 from ..utils.files import read_table
 from ..weights.model_settings import ModelSettings
 from .metadata import mask_classes, preprocessing
@@ -83,7 +82,7 @@ def _scores(
         dice = f"Dice {trained['dice']} of the held-out cases while training" if "dice" in trained else "None"
         return [f"{dice}; the weights were not evaluated by themselves."]
     summary = read_table(Path(scores, "summary.csv"))
-    tolerance = json.loads(Path(scores, "summary.json").read_text())["nsd_tolerance_mm"]
+    tolerance = read_summary(scores, "nsd_tolerance_mm")
     heads = ["class", "cases", *METRICS.values()]
     rows = [[row["label"], row["cases"], *(number(row, metric) for metric in METRICS)] for row in summary]
     told = [_table(heads, rows), f"NSD at {tolerance:g} mm; every case is in [cases.csv](cases.csv)."]

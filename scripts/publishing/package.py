@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from ..data.datasets import Dataset
+from ..evaluation.tables import read_summary
 from ..mednext import create_mednext
 from ..utils.errors import UserError
-from ..utils.files import check_writable, sha256, write_folder_whole, write_whole
+from ..utils.files import check_writable, remembered, sha256, write_folder_whole, write_whole
 from ..weights.checkpoints import check_weights
 from ..weights.model_settings import (
     BUNDLE_ROOT,
@@ -66,7 +68,7 @@ def package(
     model = _checked(weights)
     data = Dataset(dataset_dir) if dataset_dir else None
     name = str(name or _default_name(data))
-    target = _new_folder(Path(output_dir), name, str(version))
+    target, archive = _places(Path(output_dir), name, str(version), weights)
     _check_scores(scores, weights)
     trained = {k: v for k, v in read_model_settings(weights).items() if k not in model.as_dict()}
     metadata = make_metadata(
@@ -82,15 +84,17 @@ def package(
         (folder / "docs/data_license.txt").write_text(f"{licence}\n{metadata['data_source']}\n", encoding="utf-8")
         write_card(folder / "docs/README.md", metadata, model, trained, scores, dataset_dir)
 
-    write_folder_whole(target, fill)
-    archive = target.with_name(f"{name}_v{version}.zip")
+    if not target.exists():
+        write_folder_whole(target, fill)
     write_whole(archive, lambda partial: _zip(target, partial))
     print(f"made {target} and {archive}")
     print(f"its page is {target / 'docs/README.md'}; whose it is, its data and its licence are yours to say there")
 
 
-def _zip(folder: Path, file: Path) -> None:
-    Path(shutil.make_archive(str(file), "zip", folder.parent, folder.name)).replace(file)
+def _zip(folder: Path, partial: Path) -> None:
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (folder, *sorted(folder.rglob("*"))):
+            archive.write(path, path.relative_to(folder.parent))
 
 
 def _checked(weights: Path) -> ModelSettings:
@@ -120,15 +124,23 @@ def _default_name(data: Dataset | None) -> str:
     return f"mednext_{about}_segmentation" if about else "mednext_segmentation"
 
 
-def _new_folder(folder: Path, name: str, version: str) -> Path:
+def _places(folder: Path, name: str, version: str, weights: Path) -> tuple[Path, Path]:
+    """Name the folder and the archive; a killed run may have left a folder of these weights without its archive.
+
+    Raises:
+        UserError: they cannot have that name or version, or are there already.
+    """
     if not NAME.fullmatch(name):
         raise UserError(f"name is {name!r}; expected letters, digits, - and _, for example mednext_liver_segmentation.")
     if not VERSION.fullmatch(version):
         raise UserError(f"version is {version!r}; expected three numbers, for example 0.1.0.")
-    for path in (folder / name, folder / f"{name}_v{version}.zip"):
-        if path.exists():
+    target, archive = folder / name, folder / f"{name}_v{version}.zip"
+    packed, same = target / "models/model.pt", remembered(target / "configs/metadata.json").get("version") == version
+    begun = same and not archive.exists() and packed.is_file() and sha256(packed) == sha256(weights)
+    for path in (target, archive):
+        if path.exists() and not begun:
             raise UserError(f"{path} is there already; remove it, or give another --name, --version or --output_dir.")
-    return folder / name
+    return target, archive
 
 
 def _check_scores(scores: str | None, weights: Path) -> None:
@@ -146,7 +158,7 @@ def _means(scores: str | None, trained: dict) -> dict[str, float]:
     """Give the mean scores of an evaluation, or the Dice that the training measured."""
     if scores is None:
         return {"mean_dice": trained["dice"]} if "dice" in trained else {}
-    mean = json.loads(Path(scores, "summary.json").read_text())["summary"][-1]
+    mean = read_summary(scores, "summary")[-1]
     return {f"mean_{k}": round(mean[k], 4) for k in ("dice", "nsd", "hd95_mm") if isinstance(mean[k], int | float)}
 
 

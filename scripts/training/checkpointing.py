@@ -151,7 +151,13 @@ class TrainingRun:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        except (ValueError, KeyError) as e:  # other groups of weights; a schedule of version 0.2
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as e:  # other groups of weights; a schedule of version 0.2
             raise UserError(
                 f"{self.checkpoint} does not fit ({e}): resume with the --freeze and --layer_decay it was started with,"
                 " and with the same version of this bundle, or start without --resume."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.images import first_channel
 from ..data.visualization import draw_overlay
-from ..utils.files import write_table, write_whole
+from ..utils.errors import UserError
+from ..utils.files import read_table, write_table, write_whole
 from .log_figure import draw_log
 
 logger = logging.getLogger("mednext")
@@ -43,13 +44,24 @@ class TrainingLog:
     def add(self, epoch: int, values: Mapping[str, float]) -> None:
         """Add `values`, which have TensorBoard's names ("train/loss"), to the row of `epoch`, counted from 1."""
         if self.writer is None:
-            self.rows = [row for row in read_log(self.files[0]) if row["epoch"] < epoch]
+            self.rows = [row for row in self._earlier() if row["epoch"] < epoch]
             self.writer = SummaryWriter(self.folder, purge_step=epoch)
         if not self.rows or self.rows[-1]["epoch"] < epoch:
             self.rows.append({"epoch": epoch})
         self.rows[-1] |= values
         for name, value in values.items():
             self.writer.add_scalar(name, value, epoch)
+
+    def _earlier(self) -> list[dict[str, float]]:
+        """Read the table of an earlier run; one that cannot be read is kept under another name."""
+        file = self.files[0]
+        try:
+            return read_log(file)
+        except UserError as e:
+            kept = file.with_name(f"progress_damaged_{time.strftime('%Y%m%d-%H%M%S')}.csv")
+            file.rename(kept)
+            logger.warning("%s; it is kept as %s, and a new table begins.", str(e).rstrip("."), kept.name)
+            return []
 
     @idist.one_rank_only()
     def add_picture(self, epoch: int, name: str, picture: np.ndarray) -> None:
@@ -78,12 +90,19 @@ class WriteTrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a `progress.csv`, without the cells that are empty; none where there is no file."""
-    if not path.is_file():
+    """Read the rows of a `progress.csv`, without the cells that are empty; none where there is no file.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    if not os.path.lexists(path):
         return []
-    with open(path, newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"])} for row in rows]
+    try:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in read_table(path)]
+        return [{**row, "epoch": int(row["epoch"])} for row in rows]
+    except (KeyError, ValueError, OverflowError) as e:
+        reason = e if isinstance(e, UserError) else f"{path} is no table of a training ({e!r})"
+        raise UserError(f"{reason}") from e
 
 
 class EpochReport:

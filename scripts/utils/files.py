@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,12 +57,10 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         UserError: it cannot be written.
     """
     path = Path(path)
-    with explained(path), _beside(path) as partial:
-        partial.touch(exist_ok=False)
-        with _claimed(partial):
-            write(partial)
-            _sync(partial)
-            partial.replace(path)
+    with explained(path), _beside(path, Path.touch) as partial:
+        write(partial)
+        _sync(partial)
+        partial.replace(path)
         with suppress(OSError):  # not every system has this for folders
             _sync(path.parent)
 
@@ -75,14 +72,12 @@ def write_folder_whole(path: str | Path, fill: Callable[[Path], object]) -> None
         UserError: it cannot be written, or `path` is there.
     """
     path = Path(path)
-    with explained(path), _beside(path) as partial:
-        partial.mkdir()
-        with _claimed(partial):
-            fill(partial)
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            partial.rename(path)
+    with explained(path), _beside(path, Path.mkdir) as partial:
+        fill(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        partial.rename(path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -159,41 +154,58 @@ def _reason(error: OSError | RuntimeError, path: Path) -> str:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` under which nothing is left in the end."""
+def _beside(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Make a file or folder beside `path` and lock it; nothing is left under its name in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent.absolute())
-    partial = path.with_name(f"{path.name}{_suffix()}")
+    partial, lock = _made(path, make)
     try:
         yield partial
     finally:
         with suppress(OSError):
             _remove(partial)
+        if lock is not None:
+            os.close(lock)
 
 
 def _suffix() -> str:
     return f".{uuid.uuid4().hex}.part"
 
 
-@contextmanager
-def _claimed(partial: Path) -> Iterator[bool]:
-    """Lock a file or folder; False where another process has, or there are no locks.
+def _made(path: Path, make: Callable[[Path], object]) -> tuple[Path, int | None]:
+    """Make and lock a file or folder beside `path`, under another name where one was swept before it was locked."""
+    while True:
+        partial = path.with_name(f"{path.name}{_suffix()}")
+        make(partial)
+        try:
+            lock = _locked(partial)
+        except (FileNotFoundError, BlockingIOError):
+            continue
+        except OSError:  # a file system without locks, where nothing is swept
+            return partial, None
+        if partial.exists():
+            return partial, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(partial: Path) -> int | None:
+    """Open and lock a file or folder; None where the system has no locks.
 
     Others may open and close the file meanwhile, which would end a lock of lockf.
+
+    Raises:
+        OSError: it has gone, another process has locked it (BlockingIOError), or the file system has no locks.
     """
     if fcntl is None:
-        yield False
-        return
+        return None
     descriptor = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except OSError:
-            held = False
-        yield held
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 @functools.cache
@@ -201,16 +213,9 @@ def _sweep(folder: Path) -> None:
     """Remove what processes that have ended left half written; those that still write hold a lock."""
     for partial in folder.glob("*.part"):
         with suppress(OSError):
-            if PARTIAL.search(partial.name) and _begun(partial):
-                with _claimed(partial) as ended:
-                    if ended:
-                        _remove(partial)
-
-
-def _begun(partial: Path) -> bool:
-    """Say whether there is something in it; what is new and empty is about to be locked."""
-    content = any(partial.iterdir()) if partial.is_dir() else partial.stat().st_size
-    return bool(content) or time.time() - partial.stat().st_mtime > 60
+            if PARTIAL.search(partial.name) and (lock := _locked(partial)) is not None:
+                _remove(partial)
+                os.close(lock)
 
 
 def _remove(partial: Path) -> None:
@@ -232,11 +237,17 @@ def _sync(path: Path) -> None:
 
 
 def remembered(path: Path) -> dict:
-    """Return what an earlier run left in a JSON file, or {} where there is no such file or it is damaged."""
+    """Return what an earlier run left in a JSON file, or {} where there is no such file or it is damaged.
+
+    Raises:
+        UserError: it cannot be read, as a folder of that name cannot: nor could it be written.
+    """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or e}); move it away, or mend its permissions.") from e
     return found if isinstance(found, dict) else {}
 
 

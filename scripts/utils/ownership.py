@@ -51,7 +51,7 @@ def own(folder: str | Path, work: str) -> None:
         if e.errno not in (errno.EACCES, errno.EAGAIN):
             logger.warning("%s cannot be locked (%s): start nothing else there.", path, e.strerror)
             return
-        owner = path.read_text().strip() if path.is_file() else ""
+        owner = path.read_text(errors="replace").strip() if path.is_file() else ""
         raise UserError(
             f"{path.parent} belongs to another {work} ({owner or 'of another process'}); wait for its end, or give"
             " another folder."
@@ -100,6 +100,11 @@ def alone(file: Path) -> Iterator[None]:
             lock.close()
 
 
+def _not_followed(path: str, flags: int) -> int:
+    """Open a file that is no symbolic link: what such a link leads to is not ours to write."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _locked(path: Path, how: int) -> TextIO:
     """Open and lock a file.
 
@@ -110,7 +115,7 @@ def _locked(path: Path, how: int) -> TextIO:
     while True:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+            file = open(path, "a+", encoding="utf-8", errors="replace", opener=_not_followed)  # noqa: SIM115
         try:
             fcntl.lockf(file, how)
             if os.fstat(file.fileno()).st_nlink:  # else the owner before removed it at its end

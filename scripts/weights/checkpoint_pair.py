@@ -13,7 +13,15 @@ from ..utils.files import write_whole
 from .checkpoints import check_finite, load_checkpoint
 
 NAMES = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and the one before it
-NEEDED = {"model", "optimizer", "lr_scheduler", "scaler", "epoch", "best_metric", "best_epoch"}
+NEEDED = {
+    "model": dict,
+    "optimizer": dict,
+    "lr_scheduler": dict,
+    "scaler": dict,
+    "epoch": int,
+    "best_metric": float,
+    "best_epoch": int,
+}
 
 logger = logging.getLogger("mednext")
 
@@ -53,8 +61,10 @@ def newest(folder: Path) -> Checkpoint | None:
     for path in (folder / name for name in NAMES if (folder / name).is_file()):
         try:
             state = load_checkpoint(path)
-            if missing := sorted(NEEDED - set(state)):
-                raise UserError(f"{path} is no checkpoint of a training: it lacks {', '.join(missing)}.")
+            if lacking := sorted(name for name, kind in NEEDED.items() if not isinstance(state.get(name), kind)):
+                raise UserError(f"{path} is no checkpoint of a training: it lacks {', '.join(lacking)}.")
+            if others := [name for name, value in state["model"].items() if not isinstance(value, torch.Tensor)]:
+                raise UserError(f"{path} is no checkpoint of a training: {others[0]} of its model is no tensor.")
             check_finite(state["model"], path)
         except UserError as e:
             faults.append(e)

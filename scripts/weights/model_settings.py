@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -98,12 +99,16 @@ def read_model_settings(weights: str | Path) -> dict:
 
 def _written(weights: str | Path) -> dict:
     path = settings_file(weights)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, or lists in lists without an end
         raise UserError(f"{path} is not valid JSON ({e}); restore it or delete it to use the defaults.") from e
+    except OSError as e:
+        raise UserError(
+            f"{path} cannot be read ({e.strerror or e}); restore it or delete it to use the defaults."
+        ) from e
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; expected settings by name: restore or delete it.")
     return content

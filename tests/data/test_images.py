@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
+
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import GRIDS, grid, save, save_without_spacing
 
 from scripts.data.geometry import Geometry, tilt
-from scripts.data.images import read_image
+from scripts.data.images import read_header, read_image
 from scripts.utils.errors import UserError
 
 
@@ -45,6 +47,26 @@ def test_endings_in_any_case_are_read_from_the_file_that_is_named(ending, kind, 
     nib.save(kind(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4)), written)
     read = read_image(written.rename(tmp_path / f"b{ending}"))
     np.testing.assert_array_equal(read.voxels.ravel(), np.arange(8))
+
+
+@pytest.mark.parametrize("read", [read_image, read_header])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_file_is_opened_once(ending, kind, read, tmp_path, monkeypatch):
+    path = tmp_path / f"scan{ending}"
+    nib.save(kind(np.ones((9, 9, 9), np.int16), np.eye(4)), path)
+    opened, found = builtins.open, []
+    monkeypatch.setattr(builtins, "open", lambda *args, **more: (found.append(args[0]), opened(*args, **more))[1])
+    assert read(path).geometry.shape == (9, 9, 9)
+    assert len(found) == 1
+
+
+def test_an_extension_of_any_length_lies_before_the_voxels(tmp_path):
+    image = nib.Nifti1Image(np.arange(27, dtype=np.int16).reshape(3, 3, 3), np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 5000))
+    for ending in (".nii", ".nii.gz"):
+        nib.save(image, tmp_path / f"scan{ending}")
+        np.testing.assert_array_equal(read_image(tmp_path / f"scan{ending}").voxels, image.dataobj)
 
 
 def test_channels_come_one_by_one(tmp_path):

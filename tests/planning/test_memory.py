@@ -7,7 +7,9 @@ import torch
 from conftest import python_m
 
 from scripts.mednext import create_mednext
-from scripts.planning.memory import Network, cpu_step_bytes, kept_bytes, step_bytes
+from scripts.planning import memory
+from scripts.planning.memory import Network, check_memory, cpu_step_bytes, kept_bytes, step_bytes
+from scripts.utils.errors import UserError
 
 
 def kept(style, batch: int = 1, device: str = "meta", kernels: str = "auto") -> int:
@@ -68,3 +70,38 @@ def test_the_prediction_is_near_what_linux_measures(size, classes):
     )  # fmt: skip
     measured, predicted = map(float, re.findall(r"(?:measured|predicted) ([\d.]+) GB", done.stdout))
     assert predicted == pytest.approx(measured, rel=0.2)
+
+
+def network(dim: str = "3d", **more) -> torch.nn.Module:
+    return create_mednext(1, 3, "S", dim=dim, deep_supervision=True, **more)
+
+
+class TestCheckMemory:
+    """A training says before it starts what it takes of this computer's memory."""
+
+    @pytest.mark.parametrize(("dim", "patch"), [("3d", [48, 48, 48]), ("2d", [64, 64, 1])])
+    def test_a_training_on_a_cpu_says_what_it_takes(self, dim, patch, caplog, monkeypatch):
+        monkeypatch.setattr(memory.logger, "propagate", True)
+        with caplog.at_level("INFO", "mednext"):
+            check_memory(network(dim), 1, patch, 2, "cpu", "float32")
+        said = re.fullmatch(rf"2 patches of {re.escape(str(patch))} voxels in a step take about ([\d.]+) GB .* free", (
+            caplog.messages[-1]))  # fmt: skip
+        assert said
+        if dim == "3d":
+            expected = 1 + cpu_step_bytes(patch, Network(1, 3), 2, cpu_precision="float32") / 1e9
+            assert float(said[1]) == pytest.approx(expected, rel=0.05)
+
+    def test_one_that_the_computer_cannot_hold_is_refused_before_it_starts(self, monkeypatch):
+        monkeypatch.setattr(memory, "total_memory", lambda: 3e9)
+        check_memory(network(), 1, [48, 48, 48], 2, "cpu", "float32")
+        said = r"2 patches of \[128, 128, 128\] voxels .* about \d+ GB .* has 3: give a smaller --batch_size or"
+        with pytest.raises(UserError, match=said):
+            check_memory(network(), 1, [128, 128, 128], 2, "cpu", "float32")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        with pytest.raises(UserError, match="2 patches"):
+            check_memory(network(), 1, [48, 48, 48], 2, "cpu", "float32")
+
+    @pytest.mark.parametrize(("device", "trained"), [("cuda", network()), ("cpu", torch.nn.Linear(1, 1))])
+    def test_a_gpu_and_other_networks_pass(self, device, trained, monkeypatch):
+        monkeypatch.setattr(memory, "total_memory", lambda: 1.0)
+        check_memory(trained, 1, [128, 128, 128], 2, device)

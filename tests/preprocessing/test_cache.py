@@ -25,6 +25,7 @@ from monai.data.utils import set_rnd
 from monai.transforms import ClassesToIndicesd, Compose, LoadImaged, MapTransform, RandFlipd, SaveImaged, SpatialCropd
 
 from scripts.data.datasets import Dataset as Folder
+from scripts.data.images import read_header
 from scripts.inference.export import LabelWriter
 from scripts.preprocessing.cache import CachedDataset, thread_count
 from scripts.preprocessing.resampling import GridSpacingd, LabelOnImageGridd, LabelsOnScanGridd
@@ -337,6 +338,18 @@ class TestSharing:
         dataset(scans, prepared).prepare()
         assert made(prepared) == before
         assert (prepared / "digests.json").read_text() == digests
+
+    def test_headers_are_read_only_of_what_is_to_be_made(self, scans, prepared, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            "scripts.preprocessing.cache.read_header", lambda path: (asked.append(path), read_header(path))[1]
+        )
+        used = dataset(scans, prepared)
+        used.prepare()
+        assert not asked
+        used.entries[0][0].path.unlink()
+        dataset(scans, prepared).prepare()
+        assert asked == [case["image"] for case in used.data[:1]]
 
     def test_a_folder_that_takes_no_more_is_named(self, scans, tmp_path):
         refused = pytest.raises(UserError, match=f"{tmp_path}/prepared/.* could not be written .* another folder")

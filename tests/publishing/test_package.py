@@ -19,8 +19,9 @@ from conftest import SHARED, bundle, overlays, python_m
 
 from scripts.publishing.metadata import make_metadata, mask_classes
 from scripts.publishing.model_card import plain_markdown
-from scripts.publishing.package import package
+from scripts.publishing.package import _zip, package
 from scripts.utils.errors import UserError
+from scripts.utils.files import PARTIAL, write_whole
 from scripts.weights.model_settings import ModelSettings
 
 SCHEMA = SHARED / "schema/meta_schema_20240725.json"
@@ -97,6 +98,34 @@ run("inferring", config_file="configs/inference.json", dataset_dir="{scan}", out
     )  # fmt: skip
     one, other = (np.asarray(nib.load(next((tmp_path / name).glob("*.nii.gz"))).dataobj) for name in ("alone", "here"))
     assert np.array_equal(one, other)
+
+
+def test_a_folder_that_a_killed_run_left_without_its_archive_gets_it(made, trained, tmp_path):
+    root = shutil.copytree(made / "made" / NAME, tmp_path / NAME)
+    (root / "docs/README.md").write_text("mine")
+    leftover = tmp_path / f"{NAME}_v0.1.0.zip.{'a' * 32}.part"
+    leftover.write_text("half")
+    with pytest.raises(UserError, match="there already"):
+        package(str(tmp_path), str(trained), name=NAME, version="0.2.0")
+    package(str(tmp_path), str(trained), name=NAME)
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, f"{NAME}_v0.1.0.zip"}
+    with zipfile.ZipFile(tmp_path / f"{NAME}_v0.1.0.zip") as archive:
+        assert archive.read(f"{NAME}/docs/README.md") == b"mine"
+        assert {f"{NAME}/{path.relative_to(root)}" for path in root.rglob("*")} == {
+            name.rstrip("/") for name in archive.namelist()
+        } - {NAME}
+    with pytest.raises(UserError, match="there already"):
+        package(str(tmp_path), str(trained), name=NAME)
+
+
+def test_an_archive_has_no_half_written_name_that_nobody_removes(made, tmp_path, monkeypatch):
+    root = shutil.copytree(made / "made" / NAME, tmp_path / NAME)
+    seen = set()
+    write = zipfile.ZipFile.write
+    monkeypatch.setattr(zipfile.ZipFile, "write", lambda *a: (seen.update(os.listdir(tmp_path)), write(*a)))
+    write_whole(tmp_path / "a.zip", lambda partial: _zip(root, partial))
+    assert len(seen) == 2
+    assert all(name == NAME or PARTIAL.search(name) for name in seen)
 
 
 def test_it_says_what_the_training_was(made, phantom_dir):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, files_end_at
 
+from scripts.utils import files
 from scripts.utils.errors import UserError
 from scripts.utils.files import (
     check_writable,
@@ -134,13 +135,29 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_that_writes_there
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
-def test_what_is_new_and_empty_is_about_to_be_written(make, tmp_path):
-    new, old = (tmp_path / f"{letter}.{letter * 32}.part" for letter in "ab")
-    make(new)
-    make(old)
-    os.utime(old, (0, 0))
+def test_what_was_killed_before_it_wrote_anything_is_removed_too(make, tmp_path):
+    make(tmp_path / f"a.{'a' * 32}.part")
     write_text(tmp_path / "c", "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"c", new.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_file_that_is_swept_before_it_is_locked_is_made_again(write, tmp_path, monkeypatch):
+    locked, swept = files._locked, []
+
+    def late(partial):
+        swept.append(partial)
+        if len(swept) == 1:  # before it is opened
+            files._remove(partial)
+        lock = locked(partial)
+        if len(swept) == 2:  # before it is locked
+            files._remove(partial)
+        return lock
+
+    monkeypatch.setattr(files, "_locked", late)
+    write(tmp_path / "a")
+    assert len(swept) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 class TestCheckWritable:
