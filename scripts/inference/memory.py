@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from ..data.grid import resampling_bytes
-from ..preprocessing.part import PART, part_shape
+from ..preprocessing.part import part_shape
 from ..utils.device import total_memory
 from ..utils.errors import UserError
 from .sliding_window import SlidingWindowInferer
@@ -21,7 +21,7 @@ PROCESS = 1.2e9  # bytes of Python with its libraries, a network's weights, and 
 FEATURES = 9 * 32  # numbers a voxel that a network holds at once
 SLAB = 0.3e9  # bytes while labels are decided on a part of the scan's grid, without the scores that they are made from:
 SLAB_PLANES, SLAB_BYTES = PLANES + 3, 8  # as many planes of the network's grid, twice in half precision, once in full
-SPLINE = 16  # bytes a stored voxel while the coefficients of its cubic interpolation are computed
+SPLINE, AT_VOXEL = 16, 30  # bytes of a cubic spline a stored voxel, and of its values a voxel of the network's grid
 WORTH_SAYING = 2e9  # bytes
 
 logger = logging.getLogger("mednext")
@@ -56,8 +56,8 @@ class CheckMemoryd(MapTransform):
             edges = zip(part_shape(image), image.pixdim.tolist(), self.spacing, strict=True)
             grid = [max(round(n * a / b), 1) for n, a, b in edges]
             stored = image[0].numel()
-            filtered = SPLINE * (stored if PART not in image.meta else 0)
-            needed = max(resampling_bytes(grid, len(image)), filtered) + 4 * len(image) * stored
+            spline = SPLINE * math.prod(part_shape(image)) + AT_VOXEL * math.prod(grid)
+            needed = max(resampling_bytes(grid, len(image)), spline) + 4 * len(image) * stored
             if self.inferer is not None:
                 needed = max(needed, window_bytes(self.inferer, grid, len(image), self.classes) + 2 * stored)
             self._tell(str(image.meta.get("filename_or_obj", "the image")), grid, PROCESS + needed)
