@@ -149,7 +149,7 @@ class Dataset:
         """List the files of the channels, case_0000 and so on, of a case that nnU-Net v1 lists as one file, case."""
         listed, name = Path(files[0]), stem(Path(files[0]))
         found = [f"{name}_{channel:04d}{listed.name[len(name) :]}" for channel in range(len(self.channels))]
-        is_v1 = len(files) == 1 and not listed.exists() and (listed.parent / found[0]).exists()
+        is_v1 = len(files) == 1 and not os.path.exists(listed) and os.path.exists(listed.parent / found[0])
         return [str(listed.parent / file) for file in found] if is_v1 else files
 
     def _listed_nnunet_case(self, name: str, entry: object) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ def format_of(path: str | Path) -> Format:
     for kind in (NIFTI, NRRD, META, PICTURE):
         if name.endswith(kind.endings):
             return kind
-    return DICOM if Path(path).is_dir() or is_dicom(path) else NIFTI
+    return DICOM if os.path.isdir(path) or is_dicom(path) else NIFTI
 
 
 def read_image(path: str | Path) -> StoredImage:
@@ -62,7 +63,7 @@ def read_header(path: str | Path) -> Header:
 
 def is_image(path: str | Path) -> bool:
     """Tell whether there is a file, or a folder with DICOM files."""
-    return Path(path).is_file() or (Path(path).is_dir() and bool(dicom_files(path)))
+    return os.path.isfile(path) or (os.path.isdir(path) and bool(dicom_files(path)))
 
 
 def parts(path: str | Path) -> list[str]:

@@ -59,7 +59,7 @@ def stem(path: Path) -> str:
     for ending in STEM_ENDINGS:
         if path.name.lower().endswith(ending):
             return path.name[: -len(ending)]
-    return path.name if path.is_dir() else path.stem
+    return path.name if os.path.isdir(path) else path.stem  # which has an answer for any text
 
 
 def find_scans(dataset_dir: str, channels: int = 1, series: str | None = None, dim: str = "3d") -> list[dict]:

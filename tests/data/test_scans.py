@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.data.scans import named_cases
+from scripts.data.scans import named_cases, stem
 
 LISTS = {
     "one folder": (["/d/a.nii.gz", "/d/b.nii"], ["a", "b"]),
@@ -31,3 +31,7 @@ def test_cases_are_named_by_their_files(kind):
 def test_an_id_stays_and_paths_become_texts():
     (found,) = named_cases([{"case": "k", "image": [Path("/d/a.nii.gz")], "label": Path("/l/a.nii.gz"), "age": 3}])
     assert found == {"case": "k", "image": ["/d/a.nii.gz"], "label": "/l/a.nii.gz", "age": 3}
+
+
+def test_a_name_that_no_file_can_have_has_a_stem():
+    assert stem(Path("a" * 5000)) == "a" * 5000
