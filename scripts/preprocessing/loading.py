@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class LoadScand(MapTransform):
 
 def _as_loaded(given: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """Give voxels in memory what a loaded scan has besides them."""
-    image = convert_data_type(given if given.ndim != 3 else given[None], dtype=torch.float32)[0]
+    image: Any = convert_data_type(given if given.ndim != 3 else given[None], dtype=torch.float32)[0]
     if isinstance(image, MetaTensor):
         for name, value in (
             ("spatial_shape", np.array(image.shape[1:])),
