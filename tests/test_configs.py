@@ -160,8 +160,8 @@ try:
     begin()
 except SystemExit as e:
     print(e)
-made = begin(bundle_root=root, output_dir=output, overlap="0.25")
-print(made.parser.get_parsed_content("overlap"), made.parser.get_parsed_content("labels").names)
+made = begin(bundle_root=root, output_dir=output)
+print("labels", made.parser.get_parsed_content("labels").names)
 made.finalize()
 """
 
@@ -173,8 +173,8 @@ def test_a_command_from_elsewhere_asks_for_the_bundle_s_place_and_runs_with_it(t
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [line for line in done.stdout.splitlines() if line.startswith(("error", "0.25"))]
-    assert said == ["error: give the bundle as --bundle_root", "0.25 ['background', 'Anterior', 'Posterior']"]
+    said = [line for line in done.stdout.splitlines() if line.startswith(("error", "labels"))]
+    assert said == ["error: give the bundle as --bundle_root", "labels ['background', 'Anterior', 'Posterior']"]
 
 
 def test_aliases_are_references_so_that_nothing_runs_twice():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +40,22 @@ class LoadScand(MapTransform):
         for key in self.key_iterator(out):
             given = out[key]
             if isinstance(given, np.ndarray | torch.Tensor):
-                out[key] = convert_data_type(given if given.ndim != 3 else given[None], dtype=torch.float32)[0]
+                out[key] = _as_loaded(given)
             else:
                 out[key] = load_scan(given, data.get(CASE))
         return out
+
+
+def _as_loaded(given: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """Give voxels in memory what a loaded scan has besides them."""
+    image: Any = convert_data_type(given if given.ndim != 3 else given[None], dtype=torch.float32)[0]
+    if isinstance(image, MetaTensor):
+        for name, value in (
+            ("spatial_shape", np.array(image.shape[1:])),
+            ("original_affine", image.affine.cpu().numpy()),
+        ):
+            image.meta.setdefault(name, value)
+    return image
 
 
 def load_scan(files: str | Path | Sequence[str | Path], case: str | None = None) -> MetaTensor:

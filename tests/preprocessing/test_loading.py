@@ -119,3 +119,5 @@ def test_an_image_in_memory_keeps_its_place():
     found = LoadScand("image")({"image": image})["image"]
     assert found.shape == (1, 4, 5, 6)
     assert found.pixdim.tolist() == [1, 2, 3]
+    assert found.meta["spatial_shape"].tolist() == [4, 5, 6]
+    np.testing.assert_array_equal(found.meta["original_affine"], image.affine)
