@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,7 +57,7 @@ def open_image(path: str | Path) -> nib.Nifti1Image:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[nib.Nifti1Image, IO[bytes]]]:
     """Open a file once, for its header, which is checked, and for what follows; see `open_image`."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} not found; add the file or remove its case.")
     with ExitStack() as stack:
         try:

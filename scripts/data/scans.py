@@ -161,7 +161,7 @@ def case_id(path: Path, channels: int) -> str:
 
     A slice of a DICOM series has the name of its folder.
     """
-    if path.name in ("", "..") or (path.is_file() and format_of(path) is DICOM):
+    if path.name in ("", "..") or (os.path.isfile(path) and format_of(path) is DICOM):
         path = path.resolve() if path.is_dir() else path.resolve().parent
     match = CHANNEL.search(stem(path))
     return stem(path)[: match.start()] if match and int(match[1]) < channels else stem(path)
