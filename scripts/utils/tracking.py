@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from monai.handlers import MLFlowHandler
+if TYPE_CHECKING:
+    from monai.handlers import MLFlowHandler
 
 # MONAI's name of the executed configuration, an expression also where the output_dir that it begins with is none
 UNWRITTEN = re.compile(r"(.+) \+ '(/config_\w+\.json)'")
@@ -28,4 +30,6 @@ def finish(handlers: Iterable[object], folder: str | Path, *names: str) -> None:
 
 
 def _trackers(handlers: Iterable[object]) -> list[MLFlowHandler]:
+    from monai.handlers import MLFlowHandler
+
     return [handler for handler in handlers if isinstance(handler, MLFlowHandler)]
