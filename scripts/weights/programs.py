@@ -53,19 +53,19 @@ def _network(source: str) -> MedNeXt:
     return network.eval()
 
 
-def _torchscript(network: MedNeXt, settings: str, path: Path) -> None:
-    torch.jit.save(torch.jit.script(network), str(path), _extra_files={SETTINGS: settings.encode()})
+def _torchscript(network: MedNeXt, settings: str, partial: Path) -> None:
+    torch.jit.save(torch.jit.script(network), partial, _extra_files={SETTINGS: settings.encode()})
 
 
-def _torch_export(network: MedNeXt, settings: str, path: Path) -> None:
+def _torch_export(network: MedNeXt, settings: str, partial: Path) -> None:
     free = {0: Dim("batch"), **{axis: STEP * Dim(f"side{axis}", min=2) for axis in range(2, network.axes + 2)}}
     program = torch.export.export(network, (_example(network),), dynamic_shapes=(free,))
-    with open(path, "wb") as stream:
-        torch.export.save(program, stream, extra_files={SETTINGS: settings})
+    with open(partial, "wb") as buffer:
+        torch.export.save(program, buffer, extra_files={SETTINGS: settings})
 
 
-def _onnx(network: MedNeXt, settings: str, path: Path) -> None:
-    onnx = [require_package(name, path.suffix) for name in ("onnxscript", "onnx")][1]
+def _onnx(network: MedNeXt, settings: str, partial: Path) -> None:
+    onnx = [require_package(name, "an ONNX program") for name in ("onnxscript", "onnx")][1]
     names = ("batch", "channels", *"xyz"[: network.axes])
     program = torch.onnx.export(
         network,
@@ -78,7 +78,7 @@ def _onnx(network: MedNeXt, settings: str, path: Path) -> None:
     )
     model = program.model_proto
     onnx.helper.set_model_props(model, {SETTINGS: settings})
-    onnx.save(model, str(path))
+    onnx.save(model, partial)
 
 
 def _example(network: MedNeXt) -> torch.Tensor:
