@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,15 +69,18 @@ def _torch_export(network: MedNeXt, settings: str, partial: Path) -> None:
 def _onnx(network: MedNeXt, settings: str, partial: Path) -> None:
     onnx = [require_package(name, "an ONNX program") for name in ("onnxscript", "onnx")][1]
     names = ("batch", "channels", *"xyz"[: network.axes])
-    program = torch.onnx.export(
-        network,
-        (_example(network),),
-        dynamo=True,
-        dynamic_shapes=({axis: name for axis, name in enumerate(names) if name != "channels"},),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        verbose=False,
-    )
+    logging.getLogger("torch.onnx").setLevel("ERROR")  # or it says what other packages are not installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of torch
+        program = torch.onnx.export(
+            network,
+            (_example(network),),
+            dynamo=True,
+            dynamic_shapes=({axis: name for axis, name in enumerate(names) if name != "channels"},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
     model = program.model_proto
     onnx.helper.set_model_props(model, {SETTINGS: settings})
     onnx.save(model, partial)
