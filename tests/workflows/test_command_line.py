@@ -66,6 +66,7 @@ def results(folder: Path) -> dict[str, object]:
 def said(printed: str, folder: Path) -> str:
     """Return what a command printed, without the name of its folder and without times."""
     printed = re.sub(r"\d{4}-\d\d-\d\d [\d:,]+", "TIME", printed.replace(str(folder), "FOLDER"))
+    printed = re.sub(r"[\d.]+ GB are free", "FREE", printed)
     return re.sub(r"[\d.]+ (?:s|min|h|samples/s|%)(?=[\s,])", "TIME", printed)
 
 
