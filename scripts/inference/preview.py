@@ -65,13 +65,14 @@ def draw_preview(
     middle = _middle(labels == max(found, key=lambda value: found[value]) if found else np.ones_like(labels, bool))
     planes = [axis for axis in (2, 1, 0) if min(np.delete(labels.shape, axis)) > 1] or [2]
     is_picture = format_of(scan.path) is PICTURE
-    panels = {}
+    panels, extents = {}, []
     for axis in planes:
         grey, shown = (np.take(volume, middle[axis], axis=axis).T[::-1] for volume in (voxels, labels))
         sizes = np.delete(edges, axis)[::-1].tolist()
         if is_picture:  # which lies as it was stored
             grey, shown = scan.voxels[:, :, 0].T, mask[:, :, 0].T
         panels[axis] = draw_slice(grey * scan.slope + scan.intercept, [shown], sizes, PIXELS)[1]
+        extents.append([n * edge for n, edge in zip(shown.shape, sizes, strict=True)])  # height and width in mm
     entries = [(value, names.get(value, f"label {value}")) for value in found]
     drawn = set(np.concatenate([np.unique(np.take(labels, middle[axis], axis=axis)) for axis in planes]).tolist())
     figure = Figure(figsize=(INCHES, INCHES), dpi=DPI, facecolor="black")
@@ -86,18 +87,20 @@ def draw_preview(
         ],
         ["white" if value in drawn else "0.6" for value, _ in entries],
     )
-    shapes = [panel.shape[1] / panel.shape[0] for panel in panels.values()]
-    free = INCHES - GAP * (len(shapes) - 1)
-    high = min(free / sum(shapes), HIGHEST)
+    heights, widths = zip(*extents, strict=True)
+    free = INCHES - GAP * (len(extents) - 1)
+    scale = min(free / sum(widths), HIGHEST / max(heights))  # of all planes: one of a few thick slices is a strip
     under = legend.get_window_extent().height / DPI + GAP
-    total = TITLE + high + under
+    top = under + scale * max(heights)
+    total = top + TITLE
     figure.set_size_inches(INCHES, total)
     legend.set_bbox_to_anchor((0, under / total))
-    left = (free - high * sum(shapes)) / 2
-    for (axis, panel), shape in zip(panels.items(), shapes, strict=True):
-        axes = figure.add_axes((left / INCHES, under / total, high * shape / INCHES, high / total))
-        left += high * shape + GAP
-        axes.imshow(panel)
+    left = (free - scale * sum(widths)) / 2
+    for (axis, panel), (height, width) in zip(panels.items(), extents, strict=True):
+        high, wide = scale * height, scale * width
+        axes = figure.add_axes((left / INCHES, (top - high) / total, wide / INCHES, high / total))
+        left += wide + GAP
+        axes.imshow(panel, aspect="auto")
         axes.axis("off")
         if not is_picture:
             _say_where(axes, axis, f"{PLANES[axis]}, {middle[axis] + 1} of {labels.shape[axis]}")

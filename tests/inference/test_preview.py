@@ -142,3 +142,16 @@ def test_the_command_draws_on_demand_and_again_what_is_missing(trained, phantom_
     assert picture.name == mask.name.replace("_seg.nii.gz", ".png")
     assert (np.asanyarray(nib.load(mask).dataobj) == before).all()
     assert "1 of 1 scans have masks" in segment("--preview", True, "--skip_existing", True)
+
+
+def test_planes_have_one_scale_so_that_thick_slices_do_not_take_the_room():
+    mask = np.zeros((40, 60, 5), np.uint8)
+    mask[10:30, 20:40, 1:4] = 1
+    figure = draw_preview(scan_of(mask, np.diag([1.0, 1.0, 4.0, 1.0])), mask, {1: "slab"}, {})
+    inches = {
+        axes.get_title().partition(",")[0]: axes.get_position().size * figure.get_size_inches() for axes in figure.axes
+    }
+    scale = inches["axial"][0] / 40  # of a mm
+    for name, (wide, high) in {"axial": (40, 60), "coronal": (40, 20), "sagittal": (60, 20)}.items():
+        assert inches[name] == pytest.approx((wide * scale, high * scale))
+    assert 2.9 < inches["axial"][0] < 3.3
