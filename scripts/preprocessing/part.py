@@ -11,9 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialCrop, SpatialResample
 
 PART = "part"  # of a scan's metadata: a box of its voxels (2, 3), first and behind the last; without it all is meant
-SEGMENTED = (
-    "segmented"  # of a mask's metadata, report.csv and masks.json: how much of the scan, where it was looked for
-)
+SEGMENTED = "segmented"  # of a mask's metadata, report.csv, masks.json: how much of the scan, where it was looked for
 SUPPORT = 8  # voxels about the box, beyond which a cubic spline knows nothing of the others (to 4e-6 of their range)
 ROUNDING = 1e-6  # of a voxel
 

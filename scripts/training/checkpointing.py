@@ -25,6 +25,7 @@ from .stopping import Stopping
 from .within_epoch import Rest, place
 
 DIVERGED = "checkpoint_diverged.pt"  # the newest one, where no step after it was finite
+UNFIT = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # of other groups of weights, another schedule
 CHECKPOINT = 3  # times the weights: with the two moments of AdamW
 
 logger = logging.getLogger("mednext")
@@ -151,13 +152,7 @@ class TrainingRun:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-        ) as e:  # other groups of weights; a schedule of version 0.2
+        except UNFIT as e:
             raise UserError(
                 f"{self.checkpoint} does not fit ({e}): resume with the --freeze and --layer_decay it was started with,"
                 " and with the same version of this bundle, or start without --resume."

@@ -545,7 +545,7 @@ def of_torch(content: object) -> bytes:
     return buffer.getvalue()
 
 
-FOUND: dict[str, tuple[type[Kind], Callable[[bytes], bytes]]] = {  # ended in tracebacks or other results before 0.7.0
+FOUND: dict[str, tuple[type[Kind], Callable[[bytes], bytes]]] = {  # once ended in tracebacks or in other results
     "records of another kind": (Checked, lambda old: json.dumps(dict.fromkeys(json.loads(old), 7)).encode()),
     "a record with other voxels": (Checked, lambda old: old.replace(b"[18, 18, 18]", b"[18, 18, 19]")),
     "digests that are none": (Cached, lambda old: json.dumps(dict.fromkeys(json.loads(old), 3)).encode()),
