@@ -102,7 +102,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return [{**row, "epoch": int(row["epoch"])} for row in rows]
     except (KeyError, ValueError, OverflowError) as e:
         reason = e if isinstance(e, UserError) else f"{path} is no table of a training ({e!r})"
-        raise UserError(f"{reason}") from e
+        raise UserError(str(reason)) from e
 
 
 class EpochReport:

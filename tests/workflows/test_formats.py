@@ -367,3 +367,19 @@ def test_the_commands_of_the_pages_run(page, weights, phantom_dir, tmp_path):
         "dicom": {"patient_seg.dcm", "one_seg.nii.gz", "two_seg.nii.gz"},
     }
     assert made == {*wanted[page], "report.csv", "masks.json"}
+
+
+def test_the_commands_of_the_page_of_scoring_run(trained, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "Dataset123_Liver")
+    score, infer, compare = commands("scoring")
+    for command in (infer, score, compare):
+        words = [
+            re.sub("^(masks|scores|other_scores|comparison|Dataset123_Liver)(?=/|$)", rf"{tmp_path}/\1", word)
+            for word in command
+        ]
+        python_m(words[2], *words[3:], *(("--ckpt_dir", trained, "--num_workers", 0) if command is infer else ()))
+        if command is score:
+            shutil.copytree(tmp_path / "scores", tmp_path / "other_scores")
+    assert (tmp_path / "scores/summary.csv").is_file()
+    differences = read_table(tmp_path / "comparison/differences.csv")
+    assert {float(row["difference"]) for row in differences if row["score"] == "dice"} == {0}
