@@ -18,6 +18,8 @@ from scipy.ndimage import find_objects
 from .lesions import lesion_scores
 from .tables import METRICS, write_tables
 
+AT_ONCE = 2**22  # voxels whose labels are counted together, in eight bytes each
+
 
 def class_mask(labels: torch.Tensor, members: Sequence[int], ignored: torch.Tensor | None = None) -> torch.Tensor:
     """Mark the voxels whose label belongs to a class and that are not in the mask `ignored`."""
@@ -113,8 +115,10 @@ class ClassDice(CumulativeIterationMetric):
         largest = max(int(predicted.max()), int(wanted.max()), *labels)
         places = torch.full((largest + 1,), n - 1)
         places[labels] = torch.arange(n - 1)
-        pairs = places[predicted.long()].mul_(n).add_(places[wanted.long()])
-        counts = torch.bincount(pairs.flatten(), minlength=n * n).view(n, n)
+        counts = torch.zeros(n * n, dtype=torch.int64)
+        for p, w in zip(*(mask.flatten().split(AT_ONCE) for mask in (predicted, wanted)), strict=True):
+            counts += torch.bincount(places[p.long()].mul_(n).add_(places[w.long()]), minlength=n * n)
+        counts = counts.view(n, n)
         if self.ignore is not None:
             counts[:, places[self.ignore]] = 0
         found = []

@@ -84,13 +84,19 @@ def _agreement(labels: torch.Tensor) -> torch.Tensor:
     return torch.where(low == high, low, MIXED)
 
 
-def scores_at(scores: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Interpolate scores (classes, X, Y, Z) linearly at points (n, 3) between their voxels: (classes, n)."""
+def scores_at(scores: torch.Tensor, points: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
+    """Interpolate scores (classes, X, Y, Z) at points (I, J, K, 3), in their voxels: (classes, I, J, K), float32.
+
+    Args:
+        scores: of any kind of number, on any device.
+        points: in double precision; beyond the outer voxels their scores hold.
+        mode: "bilinear", which is linear along each of the axes, or "nearest".
+    """
     extent = torch.tensor(scores.shape[1:], dtype=torch.float64)
-    grid = ((2 * points + 1) / extent - 1).flip(-1)[None, None, None].float()  # grid_sample's, align_corners=False
+    grid = ((2 * points + 1) / extent - 1).flip(-1)[None].float()  # grid_sample's, align_corners=False
     return F.grid_sample(
-        scores[None].float(), grid.to(scores.device), mode="bilinear", padding_mode="border", align_corners=False
-    )[0, :, 0, 0]
+        scores[None].float(), grid.to(scores.device), mode=mode, padding_mode="border", align_corners=False
+    )[0]
 
 
 def label_at(labels: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

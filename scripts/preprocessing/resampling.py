@@ -208,17 +208,8 @@ class _OnGrid:
         part = self.known[(slice(None), *spans)]
         if self.classes is not None and not self.voxels_meet:
             part = F.one_hot(part[0].long(), self.classes).movedim(-1, 0)
-        part = part[None].float()
-        extent = (high - low).double()
         at = _coordinates(self.to_scores, slab)
-        grid = (2 * (at - low) + 1) / extent - 1  # grid_sample's coordinates, align_corners=False
-        values = F.grid_sample(
-            part,
-            grid.flip(-1)[None].float().to(part.device),
-            mode="nearest" if self.voxels_meet else "bilinear",
-            padding_mode="border",
-            align_corners=False,
-        )[0]
+        values = scores_at(part, at - low, "nearest" if self.voxels_meet else "bilinear")
         # resampling to the network's grid keeps the extent to rounding; what lies further out was never seen
         inside = ((at > -1.0) & (at < self.size)).all(dim=-1)
         self._keep(tuple(slice(r.start, r.stop) for r in slab), values, inside)
@@ -265,7 +256,9 @@ class LabelsOnGrid(_OnGrid):
         if self.classes is None:
             part = self.known[(slice(None), slice(first - self.first, last - self.first), *within)]
             at_once = SCORES_AT_ONCE // len(part)
-            labels = found.decide_rest(lambda points: self._choose(scores_at(part, points)), at_once)
+            labels = found.decide_rest(
+                lambda points: self._choose(scores_at(part, points[None, None])[:, 0, 0]), at_once
+            )
         else:
             labels = found.decide_rest(partial(label_at, chosen), SCORES_AT_ONCE)
         if self.region_order is not None:
